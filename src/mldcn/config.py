@@ -1,0 +1,324 @@
+"""The typed config tree: one YAML file holds a log's schema, the model and its training.
+
+``load_config`` refuses an unknown key or a wrong type with the file, the key and the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from mldcn.errors import UserError
+from mldcn.schema import Schema, Strict
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class FilesSplit(Strict):
+    """Train, validation and test rows lie in files of their own (``data.train``, ``valid``, ``test``)."""
+
+    kind: Literal["files"] = "files"
+
+
+class TimeSplit(Strict):
+    """The newest ``test`` share of the rows by the schema's time, the ``valid`` share before it, the rest."""
+
+    kind: Literal["time"]
+    valid: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.1, gt=0, lt=1)
+
+
+class HashSplit(Strict):
+    """Random by a keyed hash of one or more columns: the same rows on every run and machine.
+
+    Without ``columns`` the row's number in the log is hashed. Rows that agree in the columns fall together.
+    """
+
+    kind: Literal["hash"]
+    columns: tuple[str, ...] = ()
+    seed: int = 0
+    valid: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.1, gt=0, lt=1)
+
+
+class ColumnSplit(Strict):
+    """A column of the log says it: its values name the split; rows with another value are left out."""
+
+    kind: Literal["column"]
+    column: str
+    train: str = "train"
+    valid: str = "val"
+    test: str = "test"
+
+
+class OrderSplit(Strict):
+    """By place in the log: the last ``test`` share of the rows, the ``valid`` share before it, the rest."""
+
+    kind: Literal["order"]
+    valid: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.1, gt=0, lt=1)
+
+
+Split = Annotated[FilesSplit | TimeSplit | HashSplit | ColumnSplit | OrderSplit, Field(discriminator="kind")]
+
+
+class DataConfig(Strict):
+    """Where the log is and how it is cut."""
+
+    train: tuple[str, ...] = Field((), description="files of the log (all of it unless split.kind is files)")
+    valid: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    format: Literal["auto", "csv", "tsv", "parquet"] = "auto"
+    header: bool = Field(True, description="whether the first line of a text log names its columns")
+    column_names: tuple[str, ...] = Field((), description="the columns of a text log without a header")
+    missing: tuple[str, ...] = Field(("",), description="texts that mean a missing value")
+    split: Split = HashSplit(kind="hash")
+    encoded: str | None = Field(None, description="folder for the encoded rows; the run's own by default")
+    block_rows: int = Field(65_536, ge=1, description="rows encoded and shuffled together")
+
+    @model_validator(mode="after")
+    def _names_without_header(self) -> DataConfig:
+        if self.column_names and self.header:
+            raise ValueError("column_names go with header: false")
+        return self
+
+
+class EmbeddingConfig(Strict):
+    """How ids become vectors, and what is done to ``x0``."""
+
+    dim: int | Literal["auto"] = Field(16, description="of every table; auto is 6 * rows ** 0.25")
+    dims: dict[str, int | Literal["auto"]] = Field({}, description="of single tables, by feature name")
+    init_std: float = Field(0.05, gt=0)
+    normalise: Literal["none", "l2", "layer", "batch"] = Field(
+        "none", description="of x0: each field to L2 norm 1, or one LayerNorm or BatchNorm at the entry"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="on x0")
+
+
+class DeepConfig(Strict):
+    """The MLP behind (stacked) or beside (parallel) the interaction."""
+
+    hidden: tuple[int, ...] = (64,)
+    structure: Literal["stacked", "parallel"] = "stacked"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    batch_norm: bool = False
+
+
+class HeadConfig(Strict):
+    """One head a task: an MLP of these widths (none: linear) on the shared part."""
+
+    hidden: tuple[int, ...] = ()
+
+
+class ModelConfig(Strict):
+    """The ranking model. ``interaction`` holds ``name`` and that architecture's own options."""
+
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    interaction: dict[str, Any] = Field({"name": "mldcn"})
+    deep: DeepConfig = DeepConfig()
+    heads: HeadConfig = HeadConfig()
+
+    @model_validator(mode="after")
+    def _named(self) -> ModelConfig:
+        if not isinstance(self.interaction.get("name"), str):
+            raise ValueError("interaction needs a name; 'mldcn models' lists them")
+        return self
+
+
+class OptimiserConfig(Strict):
+    """Dense parameters and tables have an optimiser each."""
+
+    dense: Literal["adam", "adamw"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    table: Literal["lazy_adam", "rowwise_adagrad"] = "lazy_adam"
+    table_lr: float | None = Field(None, gt=0, description="of the tables; lr by default")
+    table_l2: float = Field(0.0, ge=0, description="L2 on the rows that a batch touched")
+    clip_norm: float | None = Field(10.0, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(0.0, ge=0, le=1, description="of a decaying schedule, as a share of lr")
+
+
+class TrainingConfig(Strict):
+    """The training loop."""
+
+    seed: int = 0
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    threads: int | None = Field(None, ge=1)
+    batch_size: int = Field(2048, ge=1)
+    eval_batch_size: int = Field(8192, ge=1)
+    epochs: int = Field(10, ge=1)
+    optimiser: OptimiserConfig = OptimiserConfig()
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the weights' average, 0.9999 in DCN V2")
+    monitor: str = Field("auc", description="validation metric for early stopping: a name, or task/name")
+    patience: int = Field(2, ge=0, description="evaluations without a gain before stopping")
+    min_delta: float = Field(0.0, ge=0)
+    eval_steps: int | None = Field(
+        None, ge=1, description="evaluate every so many steps; each epoch by default"
+    )
+    checkpoint_steps: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    amp: Literal["off", "bf16"] = "off"
+    compile: bool = False
+    tensorboard: bool = False
+    mlflow: bool = False
+
+
+class EvaluationConfig(Strict):
+    """What is measured on validation and test rows."""
+
+    hit_at: tuple[int, ...] = (3,)
+    calibration: Literal["none", "platt", "isotonic"] = Field("none", description="fitted on validation rows")
+    calibration_bins: int = Field(20, ge=2)
+
+
+class Config(Strict):
+    """Everything that makes a run."""
+
+    data: DataConfig = DataConfig()
+    log_schema: Schema = Field(..., alias="schema")
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a config file. ``overrides`` are ``key.path=value`` with YAML values.
+
+    Raises:
+        UserError: the file is unreadable or says something that no config says.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        _override(raw, override)
+    return parse(Config, raw, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it holds no mapping.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+    return raw
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def parse(model: type[Model], raw: Any, where: str) -> Model:
+    """Builds a strict model from plain data.
+
+    Raises:
+        UserError: names ``where``, the key and the nearest known name or the expected type.
+    """
+    try:
+        return model.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        # A list whose items are wrong is also reported as too short: only the items' errors say something.
+        items = [e for e in error.errors(include_url=False) if e["type"] != "too_short" or not e["input"]]
+        lines = [_explain(model, item) for item in items]
+        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected key.path=value")
+    *parents, last = path.split(".")
+    node = raw
+    for key in parents:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: {key!r} holds no keys")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: not a YAML value: {error}") from None
+
+
+def _explain(model: type[BaseModel], item: Any) -> str:
+    loc: tuple[int | str, ...] = item["loc"]
+    shown, known = _walk(model, loc)
+    if item["type"] == "extra_forbidden":
+        return f"{shown}: no such key{suggest(str(loc[-1]), known)}"
+    if item["type"] == "missing":
+        return f"{shown}: missing"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{shown}: {item['msg']}"
+    message = item["msg"].removeprefix("Value error, ")
+    value = item.get("input")
+    if isinstance(value, str | int | float | bool) or value is None:
+        return f"{shown}: {message} (found {value!r})"
+    return f"{shown}: {message}" if shown else message
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    """``; did you mean X?``, or the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _walk(model: Any, loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """The dotted key of an error, without pydantic's union tags, and the keys known where it is."""
+    shown: list[str] = []
+    here: list[Any] = [model]
+    known: list[str] = []
+    for part in loc:
+        models = [m for m in _models(here) if isinstance(m, type) and issubclass(m, BaseModel)]
+        tagged = [m for m in models if _tag(m) == part]
+        if tagged:
+            here = list(tagged)
+            continue
+        if isinstance(part, int):
+            shown.append(str(part))
+            here = [arg for t in here for arg in _arguments(t)]
+            continue
+        shown.append(part)
+        fields = {(f.alias or name): f for m in models for name, f in m.model_fields.items()}
+        known = list(fields)
+        here = [fields[part].annotation] if part in fields else []
+    return ".".join(shown), known
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    arguments = typing.get_args(field.annotation) if field else ()
+    return str(arguments[0]) if arguments else None
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    return [a for a in typing.get_args(annotation) if a is not Ellipsis]
+
+
+def _models(annotations: list[Any]) -> list[Any]:
+    found: list[Any] = []
+    for annotation in annotations:
+        origin = typing.get_origin(annotation)
+        if origin is Annotated:
+            found += _models([typing.get_args(annotation)[0]])
+        elif origin in (typing.Union, types.UnionType):
+            found += _models(list(typing.get_args(annotation)))
+        else:
+            found.append(annotation)
+    return found

@@ -1,0 +1,7 @@
+"""The one kind of error that a user can mend; the command line prints it without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something in the user's input is wrong; the message names the place and the remedy."""
