@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from mldcn.errors import UserError
 from mldcn.schema import Schema, Strict
@@ -31,8 +31,8 @@ class TimeSplit(Strict):
     """The newest ``test`` share of the rows by the schema's time, the ``valid`` share before it, the rest."""
 
     kind: Literal["time"]
-    valid: float = Field(0.1, gt=0, lt=1)
-    test: float = Field(0.1, gt=0, lt=1)
+    valid: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
 
 
 class HashSplit(Strict):
@@ -44,8 +44,8 @@ class HashSplit(Strict):
     kind: Literal["hash"]
     columns: tuple[str, ...] = ()
     seed: int = 0
-    valid: float = Field(0.1, gt=0, lt=1)
-    test: float = Field(0.1, gt=0, lt=1)
+    valid: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
 
 
 class ColumnSplit(Strict):
@@ -62,8 +62,8 @@ class OrderSplit(Strict):
     """By place in the log: the last ``test`` share of the rows, the ``valid`` share before it, the rest."""
 
     kind: Literal["order"]
-    valid: float = Field(0.1, gt=0, lt=1)
-    test: float = Field(0.1, gt=0, lt=1)
+    valid: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
 
 
 Split = Annotated[FilesSplit | TimeSplit | HashSplit | ColumnSplit | OrderSplit, Field(discriminator="kind")]
@@ -125,11 +125,10 @@ class ModelConfig(Strict):
     deep: DeepConfig = DeepConfig()
     heads: HeadConfig = HeadConfig()
 
-    @model_validator(mode="after")
-    def _named(self) -> ModelConfig:
-        if not isinstance(self.interaction.get("name"), str):
-            raise ValueError("interaction needs a name; 'mldcn models' lists them")
-        return self
+    @field_validator("interaction")
+    @classmethod
+    def _named(cls, interaction: dict[str, Any]) -> dict[str, Any]:
+        return {"name": "mldcn", **interaction}
 
 
 class OptimiserConfig(Strict):
@@ -159,7 +158,7 @@ class TrainingConfig(Strict):
     optimiser: OptimiserConfig = OptimiserConfig()
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the weights' average, 0.9999 in DCN V2")
     monitor: str = Field("auc", description="validation metric for early stopping: a name, or task/name")
-    patience: int = Field(2, ge=0, description="evaluations without a gain before stopping")
+    patience: int = Field(2, ge=1, description="evaluations without a gain before stopping")
     min_delta: float = Field(0.0, ge=0)
     eval_steps: int | None = Field(
         None, ge=1, description="evaluate every so many steps; each epoch by default"

@@ -223,12 +223,18 @@ class Schema(Strict):
         """The labels' names, in order."""
         return tuple(label.name for label in self.labels)
 
-    def columns(self) -> tuple[str, ...]:
-        """Every column of the log that the schema reads, each once."""
+    def feature_columns(self) -> tuple[str, ...]:
+        """The columns that the features read: all that prediction needs."""
         named: list[str | None] = [feature.log_column for feature in self.features]
         for feature in self.features:
             if isinstance(feature, Sequence):
                 named += [feature.times, feature.actions]
-        named += [label.log_column for label in self.labels]
-        named += [self.weight, self.position, self.request, self.user, self.time]
+                named += [self.time] if feature.times else []
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    def columns(self) -> tuple[str, ...]:
+        """Every column of the log that the schema reads, each once."""
+        labels = [label.log_column for label in self.labels]
+        rest = (self.weight, self.position, self.request, self.user, self.time)
+        named = [*self.feature_columns(), *labels, *rest]
         return tuple(dict.fromkeys(name for name in named if name is not None))

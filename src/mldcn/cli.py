@@ -1,0 +1,304 @@
+"""The command line: one thin layer over the Python API; a command is a call."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mldcn import __version__
+from mldcn.errors import UserError
+
+app = typer.Typer(
+    name="mldcn",
+    help="Train, evaluate and compare ranking models (ML-DCN and its rivals) on a log of impressions.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Named logs: what they are, fetching, preparing.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(help="the YAML file that 'mldcn init' wrote", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="a run's folder", show_default=False)]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a config key, e.g. training.epochs=3")
+]
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake ends in a message and exit code 1, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+
+
+def fail(message: str, code: int = 1) -> None:
+    """Prints an error (and, with MLDCN_TRACEBACK=1, where it arose) and exits."""
+    if os.environ.get("MLDCN_TRACEBACK"):
+        traceback.print_exc()
+    sys.stderr.write(f"mldcn: {message}\n")
+    sys.exit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mldcn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="show where an error arose, for a bug report")
+    ] = False,
+) -> None:
+    if show_traceback:
+        os.environ["MLDCN_TRACEBACK"] = "1"
+
+
+@app.command()
+def init(
+    log: Annotated[list[Path], typer.Argument(help="CSV, TSV or Parquet files of one log")],
+    out: Annotated[Path, typer.Option(help="the config to write")] = Path("mldcn.yaml"),
+    label: Annotated[str | None, typer.Option(help="the label's column, where the guess is wrong")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the file if it is there")] = False,
+) -> None:
+    """Reads a log and writes a commented config for it.
+
+    Example: mldcn init impressions.csv
+    """
+    from mldcn.console import err, out as screen
+    from mldcn.data.inference import infer, to_yaml
+    from mldcn.run import write_text
+
+    if out.exists() and not force:
+        raise UserError(f"{out}: exists already; name another file with --out, or replace it with --force")
+    inferred = infer([str(path) for path in log], label=label)
+    write_text(out, to_yaml(inferred, [str(path) for path in log]))
+    for warning in inferred.warnings:
+        err.print(f"warning: {warning}", markup=False)
+    screen.print(f"wrote {out}: read it, mend what was guessed wrong, then run\n  mldcn describe {out}\n  mldcn fit {out}")
+
+
+@app.command()
+def describe(config: ConfigFile, settings: Settings = []) -> None:  # noqa: B006
+    """Shows what a config's schema makes of its log: coverage, cardinality, top values, label rates.
+
+    Example: mldcn describe mldcn.yaml
+    """
+    from mldcn.config import load_config
+    from mldcn.console import EncodingProgress, table
+    from mldcn.data.describe import describe as describe_log
+
+    progress = EncodingProgress()
+    description = describe_log(load_config(config, settings), progress)
+    progress.close()
+    for title, columns, rows in description.tables():
+        table(title, columns, rows)
+
+
+@app.command()
+def fit(
+    config: Annotated[Path | None, typer.Argument(help="the YAML file that 'mldcn init' wrote")] = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; runs/<config>-<interaction> by default")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with this interrupted run")] = None,
+    settings: Settings = [],  # noqa: B006
+    force: Annotated[bool, typer.Option("--force", help="replace the run if it is there")] = False,
+) -> None:
+    """Trains a model and leaves a run's folder with weights, metrics and a report.
+
+    Example: mldcn fit mldcn.yaml --set model.interaction.name=dcnv2 --out runs/dcnv2
+    """
+    from mldcn import workflow
+    from mldcn.config import load_config
+    from mldcn.console import EncodingProgress, FitProgress, err, metrics_table, out as screen
+    from mldcn.run import RunFolder
+    from mldcn.training.fit import Interrupted, monitored
+
+    if (config is None) == (resume is None):
+        raise UserError("name either a config to train, or a run to go on with: --resume RUN")
+    if resume is not None:
+        run = RunFolder.open(resume, finished=False)
+        if run.info()["status"] == "finished":
+            raise UserError(f"{resume}: the run is finished; there is nothing to resume")
+        loaded = load_config(run.config, settings)
+    else:
+        assert config is not None
+        loaded = load_config(config, settings)
+        workflow.check(loaded)
+        name = out or Path("runs") / f"{config.stem}-{loaded.model.interaction['name']}"
+        run = RunFolder.create(name, overwrite=force)
+    encoding = EncodingProgress()
+    progress = FitProgress(monitored(loaded.training.monitor, loaded.log_schema.tasks))
+    try:
+        summary = workflow.train(
+            loaded, run, resume=resume is not None, encoding=encoding, observers=[progress]
+        )
+    except Interrupted as error:
+        err.print(f"{error}; go on with\n  mldcn fit --resume {run.path}", markup=False)
+        raise typer.Exit(130) from None
+    finally:
+        encoding.close()
+        progress.close()
+    metrics_table(str(run.path), summary.metrics)
+    screen.print(
+        f"report: {run.path / workflow.REPORT}\nnext:\n  mldcn predict {run.path} NEW_LOG --out scores.csv\n"
+        f"  mldcn compare {run.path} ANOTHER_RUN",
+        markup=False,
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    log: Annotated[list[Path], typer.Argument(help="files of a log with labels")] = [],  # noqa: B006
+) -> None:
+    """Shows a run's metrics, or measures it on another log with labels.
+
+    Example: mldcn evaluate runs/mldcn next_day.csv
+    """
+    from mldcn import workflow
+    from mldcn.console import EncodingProgress, metrics_table
+    from mldcn.run import RunFolder
+
+    folder = RunFolder.open(run)
+    if not log:
+        metrics_table(str(run), folder.read_json("metrics.json"))
+        return
+    progress = EncodingProgress()
+    evaluation = workflow.evaluate_log(folder, [str(path) for path in log], progress)
+    progress.close()
+    metrics_table(str(run), {"log": evaluation.metrics})
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    log: Annotated[list[Path], typer.Argument(help="files of a log; labels are not needed")],
+    out: Annotated[Path, typer.Option(help="the .csv or .parquet file to write")],
+    keep: Annotated[list[str], typer.Option(help="a column of the log to copy beside the scores")] = [],  # noqa: B006
+) -> None:
+    """Scores the rows of a log, in its order.
+
+    Example: mldcn predict runs/mldcn tomorrow.csv --out scores.csv --keep request_id --keep pin_id
+    """
+    from mldcn.console import out as screen
+    from mldcn.predict import Predictor, predict_file
+
+    rows = predict_file(Predictor.load(run), [str(path) for path in log], out, keep)
+    screen.print(f"wrote {out}: {rows:,} rows", markup=False)
+
+
+@app.command()
+def compare(
+    a: RunPath,
+    b: RunPath,
+    log: Annotated[list[Path], typer.Option(help="compare on this log, not on the runs' own test rows")] = [],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="bootstrap samples")] = 1000,
+) -> None:
+    """Shows the difference of two runs on the same rows, with intervals and p-values.
+
+    Example: mldcn compare runs/mldcn runs/dcnv2
+    """
+    from mldcn import workflow
+    from mldcn.console import out as screen, table
+
+    comparison = workflow.compare(a, b, [str(path) for path in log], repeats=repeats)
+    rows = [
+        [d.task, d.metric, d.method, d.a, d.b, d.delta, f"[{d.low:+.5f}, {d.high:+.5f}]", f"{d.p_value:.4f}"]
+        for d in comparison.differences
+    ]
+    columns = ["task", "metric", "method", "A", "B", "A - B", "95 % interval", "p"]
+    table(f"A = {a}, B = {b}, {comparison.rows:,} rows", columns, rows, left=3)
+    for line in comparison.verdicts():
+        screen.print(line, markup=False)
+
+
+@app.command()
+def models() -> None:
+    """Lists the interaction architectures.
+
+    Example: mldcn fit mldcn.yaml --set model.interaction.name=masknet_parallel
+    """
+    from mldcn import interactions
+    from mldcn.console import table
+
+    rows = []
+    for name in interactions.names():
+        info = interactions.info(name)
+        options = ", ".join(interactions.config_of(name).model_fields)
+        rows.append([name, info.title, f"{info.paper}, {info.year}", info.knob, options])
+    table("interactions", ["name", "what", "paper", "width knob", "options"], rows, left=5)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the log, the runs and the report")] = Path("demo"),
+    rows: Annotated[int, typer.Option(help="impressions to generate")] = 300_000,
+    seed: Annotated[int, typer.Option(help="of the log and the models")] = 0,
+) -> None:
+    """Generates an ads log, trains ML-DCN and its closest rivals at equal FLOPs, and writes a report.
+
+    Example: mldcn demo --rows 100000
+    """
+    from mldcn.demo import run_demo
+
+    run_demo(out, rows, seed)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Lists the logs that mldcn knows by name.
+
+    Example: mldcn data list
+    """
+    from mldcn.console import table
+    from mldcn.datasets import list_datasets
+
+    rows = [[d.name, d.title, d.licence, "yes" if d.downloadable else "by hand"] for d in list_datasets()]
+    table("named logs", ["name", "what", "licence", "download"], rows, left=4)
+
+
+@data_app.command("describe")
+def data_describe(name: Annotated[str, typer.Argument(help="a log's name")]) -> None:
+    """Shows a named log's licence, citation and how to get it.
+
+    Example: mldcn data describe movielens-1m
+    """
+    from mldcn.console import out as screen
+    from mldcn.datasets import dataset
+
+    screen.print(dataset(name).describe(), markup=False)
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="a log's name")],
+    out: Annotated[Path, typer.Option(help="folder for the log and its config")] = Path("data"),
+    source: Annotated[
+        Path | None, typer.Option(help="your own download: the file or folder; nothing is fetched then")
+    ] = None,
+) -> None:
+    """Fetches a named log (or takes your download) and writes a log and a config that 'mldcn fit' reads.
+
+    Example: mldcn data fetch movielens-1m --source ml-1m.zip
+    """
+    from mldcn import workflow
+    from mldcn.console import out as screen
+    from mldcn.datasets import dataset
+
+    config = workflow.fetch(name, out, source)
+    screen.print(dataset(name).describe(), markup=False)
+    screen.print(f"wrote {config}\nnext:\n  mldcn describe {config}\n  mldcn fit {config}", markup=False)

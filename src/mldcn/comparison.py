@@ -1,0 +1,149 @@
+"""Two runs on the same rows: differences with intervals and p-values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mldcn.errors import UserError
+from mldcn.metrics import cluster_bootstrap, delong
+from mldcn.run import atomic
+
+LABEL, PROBABILITY = "y_", "p_"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric's difference A - B with its 95 % interval and two-sided p-value."""
+
+    task: str
+    metric: str
+    method: str
+    a: float
+    b: float
+    delta: float
+    low: float
+    high: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences of two runs."""
+
+    names: tuple[str, str]
+    rows: int
+    differences: tuple[Difference, ...]
+
+    def verdicts(self) -> Iterable[str]:
+        """A sentence a difference, that claims no more than the interval shows."""
+        for d in self.differences:
+            if d.low <= 0 <= d.high:
+                yield f"{d.task} {d.metric} ({d.method}): no difference shown; it lies within [{d.low:+.5f}, {d.high:+.5f}]"
+                continue
+            better = (d.delta > 0) == (d.metric != "logloss")
+            winner, loser = self.names if better else self.names[::-1]
+            yield f"{d.task} {d.metric} ({d.method}): {winner} is better than {loser} by {abs(d.delta):.5f}"
+
+
+class PredictionWriter:
+    """Writes labels, probabilities and clusters of scored rows as an Arrow file, chunk by chunk."""
+
+    def __init__(self, path: Path, tasks: tuple[str, ...]) -> None:
+        self.tasks = tasks
+        fields = [(f"{LABEL}{task}", pa.float32()) for task in tasks]
+        fields += [(f"{PROBABILITY}{task}", pa.float32()) for task in tasks]
+        fields += [("weight", pa.float32()), ("user", pa.int64()), ("request", pa.int64())]
+        self.schema = pa.schema(fields)
+        self._atomic = atomic(path)
+        self._file = pa.ipc.new_file(str(self._atomic.__enter__()), self.schema)
+
+    def write(
+        self,
+        labels: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        weight: NDArray[np.float32],
+        user: NDArray[np.int64],
+        request: NDArray[np.int64],
+    ) -> None:
+        """Appends rows: labels and scores ``(n, T)``, the others ``(n,)``."""
+        columns = [np.ascontiguousarray(labels[:, i]) for i in range(len(self.tasks))]
+        columns += [np.ascontiguousarray(scores[:, i]) for i in range(len(self.tasks))]
+        self._file.write_batch(pa.record_batch([*columns, weight, user, request], schema=self.schema))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Puts the file in its place, or drops it after an error."""
+        self._file.close()
+        self._atomic.__exit__(type(error) if error else None, error, None)
+
+
+def read_predictions(path: Path) -> pa.Table:
+    """What a :class:`PredictionWriter` wrote, memory-mapped.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: the run has no test rows to compare on; name a log with --log, or give data.split a test share"
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: damaged ({error}); train the run again or restore it") from None
+
+
+def compare_predictions(
+    a: pa.Table, b: pa.Table, names: tuple[str, str], *, repeats: int = 1000, seed: int = 0
+) -> Comparison:
+    """Differences of two models' predictions for the same rows.
+
+    AUC by DeLong's test (rows taken as independent) where all weights are 1; AUC and log loss by a bootstrap
+    that draws whole users (or requests, or rows, whichever the log names) again with their rows.
+
+    Raises:
+        UserError: the rows are not the same.
+    """
+    tasks = [n.removeprefix(LABEL) for n in a.column_names if n.startswith(LABEL)]
+    common = [task for task in tasks if f"{LABEL}{task}" in b.column_names]
+    same = a.num_rows == b.num_rows and bool(common)
+    for name in [*(f"{LABEL}{task}" for task in common), "weight"]:
+        same = same and np.array_equal(a[name].to_numpy(), b[name].to_numpy(), equal_nan=True)
+    if not same:
+        raise UserError(
+            f"{names[0]} and {names[1]} were not tested on the same rows ({a.num_rows:,} and {b.num_rows:,}); "
+            "name a log for both with --log"
+        )
+    weight = a["weight"].to_numpy()
+    clusters, unit = _clusters(a)
+    found: list[Difference] = []
+    for task in common:
+        labels = a[f"{LABEL}{task}"].to_numpy()
+        known = ~np.isnan(labels)
+        p_a, p_b = (t[f"{PROBABILITY}{task}"].to_numpy()[known] for t in (a, b))
+        y, w, c = labels[known], weight[known], clusters[known]
+        if y.min(initial=1) == y.max(initial=0):
+            continue  # one class only: no metric is defined
+        weights = None if (w == 1).all() else w
+        if weights is None:
+            d = delong(y, p_a, p_b)
+            found.append(Difference(task, "auc", "DeLong", d.a, d.b, d.delta, d.low, d.high, d.p_value))
+        for metric in ("auc", "logloss"):
+            d = cluster_bootstrap(metric, y, p_a, p_b, clusters=c, weights=weights, repeats=repeats, seed=seed)
+            method = f"bootstrap by {unit}"
+            found.append(Difference(task, metric, method, d.a, d.b, d.delta, d.low, d.high, d.p_value))
+    return Comparison(names, a.num_rows, tuple(found))
+
+
+def _clusters(table: pa.Table) -> tuple[NDArray[np.int64], str]:
+    for unit in ("user", "request"):
+        values = table[unit].to_numpy()
+        if values.size and (values != 0).any():
+            return values, unit
+    return np.arange(table.num_rows), "row"

@@ -1,0 +1,141 @@
+"""What the command line shows: tables, progress bars, and plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mldcn.training.observers import Metrics, Observer
+from mldcn.training.observers import Progress as Step
+
+PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """A number for a table; a dash where it is not known."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
+    """Prints a table; the first ``left`` columns are text, the others numbers."""
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
+    # Where there is no terminal nothing says how wide a line may be: let no column be folded.
+    (out if out.is_terminal else Console(highlight=False, width=200)).print(shown)
+
+
+def metrics_table(title: str, metrics: Mapping[str, Metrics]) -> None:
+    """Prints split -> task -> metric -> value, a row a split and task."""
+    names: dict[str, None] = {}
+    for of_tasks in metrics.values():
+        for values in of_tasks.values():
+            names.update(dict.fromkeys(values))
+    rows = [
+        [split, task, *(values.get(name) for name in names)]
+        for split, of_tasks in metrics.items()
+        for task, values in of_tasks.items()
+    ]
+    table(title, ["split", "task", *names], rows, left=2)
+
+
+class EncodingProgress:
+    """Shows how far the encoding of a log is; called with (stage, rows, bytes done, bytes in all)."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.started = self.shown = 0.0
+        self.bar: Progress | None = None
+
+    def __call__(self, stage: str, rows: int, bytes_done: int, bytes_total: int) -> None:
+        """Shows the state."""
+        now = time.perf_counter()
+        if stage != self.stage:
+            self.close()
+            self.stage, self.started, self.shown = stage, now, now
+            if err.is_terminal:
+                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
+                self.bar = Progress(*columns, TimeRemainingColumn(), console=err, transient=True)
+                self.bar.start()
+                self.bar.add_task(stage, total=bytes_total, rate="")
+        rate = f"{rows:,} rows, {rows / max(now - self.started, 1e-3):,.0f} rows/s"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=bytes_done, total=bytes_total, rate=rate)
+        elif now - self.shown > PLAIN_SECONDS:
+            self.shown = now
+            err.print(f"{stage}: {rate}")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class FitProgress(Observer):
+    """Shows a run's loss, speed, time left and validation metrics.
+
+    Args:
+        monitor: the (task, metric) that early stopping looks at.
+        label: shown before each line, where several runs follow each other.
+    """
+
+    def __init__(self, monitor: tuple[str, str], label: str = "") -> None:
+        self.task, self.metric = monitor
+        self.label = label
+        self.shown = time.perf_counter()
+        self.bar: Progress | None = None
+
+    def started(self, title: str, total_steps: int, step: int) -> None:
+        """Starts the bar."""
+        self.label = self.label or title
+        if step:
+            err.print(f"{self.label}: goes on at step {step:,}")
+        if err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self.bar = Progress(
+                *columns, TextColumn("{task.fields[state]}"), TimeRemainingColumn(), console=err, transient=True
+            )
+            self.bar.start()
+            self.bar.add_task(self.label, total=total_steps, completed=step, state="")
+
+    def stepped(self, progress: Step) -> None:
+        """Moves the bar."""
+        state = f"loss {progress.loss:.4f}, {progress.rows_per_second:,.0f} rows/s"
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=progress.step, state=state)
+        elif now - self.shown > PLAIN_SECONDS:
+            self.shown = now
+            err.print(f"{self.label}: step {progress.step:,} of at most {progress.total_steps:,}, {state}")
+
+    def evaluated(self, step: int, metrics: Metrics, *, best: bool) -> None:
+        """Prints a line."""
+        values = metrics[self.task]
+        shown = dict.fromkeys([self.metric, "logloss"])
+        text = ", ".join(f"{name} {number(values.get(name), 5)}" for name in shown)
+        mark = "  best so far" if best else ""
+        err.print(f"{self.label}: step {step:,}, validation {self.task} {text}{mark}")
+
+    def finished(self, metrics: Mapping[str, Metrics]) -> None:
+        """Ends the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,191 @@
+"""``CTRModel``: the whole pipeline as a scikit-learn-like estimator on Polars, pandas and Arrow tables."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+
+from mldcn.config import Config, parse
+from mldcn.data.prepare import prepare
+from mldcn.errors import UserError
+from mldcn.predict import Predictor
+from mldcn.run import RunFolder
+from mldcn.schema import Schema
+
+
+class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A ranking model trained on a table of impressions.
+
+    >>> import polars as pl
+    >>> log = pl.DataFrame({"ad": ["a", "b"] * 500, "hour": list(range(10)) * 100, "click": [1, 0] * 500})
+    >>> model = CTRModel(label="click", training={"epochs": 2}).fit(log)
+    >>> model.predict_proba(log.head(3)).shape
+    (3, 2)
+
+    Args:
+        interaction: an architecture's name, or a mapping of its name and options.
+        label: the label's column; inferred when not given. Not with ``schema``.
+        schema: what the columns mean (a :class:`mldcn.schema.Schema` or plain data); inferred when not given.
+        model: other parts of the config's ``model``: embedding, deep, heads.
+        training: parts of the config's ``training``: epochs, batch_size, optimiser ...
+        valid: share of the rows held out for early stopping.
+        seed: of the initialisation, the shuffling and the hold-out.
+        verbose: show progress.
+    """
+
+    def __init__(
+        self,
+        interaction: str | Mapping[str, Any] = "mldcn",
+        *,
+        label: str | None = None,
+        schema: Schema | Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+        valid: float = 0.1,
+        seed: int = 0,
+        verbose: bool = False,
+    ) -> None:
+        self.interaction = interaction
+        self.label = label
+        self.schema = schema
+        self.model = model
+        self.training = training
+        self.valid = valid
+        self.seed = seed
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> CTRModel:  # noqa: N803
+        """Trains on a table.
+
+        Args:
+            X: a Polars or pandas frame or an Arrow table, with the label columns unless ``y`` is given.
+            y: the label of each row; it is taken as a column named ``label``, or as the estimator's label.
+
+        Raises:
+            UserError: the table or the options say something that cannot be.
+        """
+        from mldcn.training.fit import fit
+
+        table = as_arrow(X)
+        if y is not None:
+            name = self.label or "label"
+            table = table.append_column(name, pa.array(np.asarray(y)))
+        self._discard()
+        self._folder = tempfile.TemporaryDirectory(prefix="mldcn-")
+        home = Path(self._folder.name)
+        log = home / "log.parquet"
+        pyarrow.parquet.write_table(table, log)
+        config = self._config(table, log, y is not None)
+        observers = []
+        progress = None
+        if self.verbose:
+            from mldcn.console import EncodingProgress, FitProgress
+            from mldcn.training.fit import monitored
+
+            progress = EncodingProgress()
+            observers = [FitProgress(monitored(config.training.monitor, config.log_schema.tasks))]
+        data = prepare(config, home / "encoded", progress)
+        if progress is not None:
+            progress.close()
+        run = RunFolder.create(home / "run")
+        self.summary_ = fit(config, run, data, observers=observers)
+        log.unlink()
+        shutil.rmtree(home / "encoded")
+        return self._adopt(Predictor.load(run.path))
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:  # noqa: N803
+        """Probabilities ``(n, 2)`` of the first task's label being 0 and 1."""
+        positive = self.predict_tasks(X)[:, 0].astype(np.float64)
+        return np.stack([1.0 - positive, positive], axis=1)
+
+    def predict_tasks(self, X: Any) -> NDArray[np.float32]:  # noqa: N803
+        """Probabilities ``(n, T)`` of every task, in the order of ``tasks_``."""
+        if not hasattr(self, "predictor_"):
+            raise UserError("this CTRModel is not trained yet: call fit, or CTRModel.load(run)")
+        return self.predictor_.predict_table(as_arrow(X))
+
+    def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
+        """1 where the first task's probability is at least one half."""
+        return (self.predict_proba(X)[:, 1] >= 0.5).astype(np.int64)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the run's folder: what ``mldcn fit`` writes, for ``mldcn predict`` and :meth:`load`.
+
+        Raises:
+            UserError: something is there already.
+        """
+        if not hasattr(self, "predictor_"):
+            raise UserError("this CTRModel is not trained yet: call fit first")
+        target = Path(path)
+        if target.exists():
+            raise UserError(f"{target}: exists already; name another folder")
+        shutil.copytree(self.predictor_.run.path, target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CTRModel:
+        """An estimator from a run's folder, written by :meth:`save` or by ``mldcn fit``."""
+        predictor = Predictor.load(path)
+        config = predictor.config
+        estimator = cls(
+            dict(config.model.interaction),
+            schema=config.log_schema,
+            model=config.model.model_dump(exclude={"interaction"}),
+            training=config.training.model_dump(exclude={"seed"}),
+            seed=config.training.seed,
+        )
+        return estimator._adopt(predictor)
+
+    def _adopt(self, predictor: Predictor) -> CTRModel:
+        self.predictor_ = predictor
+        self.tasks_ = predictor.tasks
+        self.classes_ = np.array([0, 1])
+        return self
+
+    def _discard(self) -> None:
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
+
+    def _config(self, table: pa.Table, log: Path, labels_given: bool) -> Config:
+        if self.schema is None:
+            from mldcn.data.inference import infer
+
+            label = self.label or ("label" if labels_given else None)
+            schema: Any = infer(table, label=label).schema
+        else:
+            schema = self.schema
+        if isinstance(schema, Schema):
+            schema = schema.model_dump(mode="json")
+        interaction = {"name": self.interaction} if isinstance(self.interaction, str) else self.interaction
+        raw = {
+            "data": {"train": [str(log)], "split": {"kind": "hash", "valid": self.valid, "test": 0.0}},
+            "schema": schema,
+            "model": {**(self.model or {}), "interaction": dict(interaction)},
+            "training": {**(self.training or {}), "seed": self.seed},
+        }
+        return parse(Config, raw, "CTRModel")
+
+
+def as_arrow(table: Any) -> pa.Table:
+    """A Polars or pandas frame, or an Arrow table, as an Arrow table.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(table, pa.Table):
+        return table
+    if hasattr(table, "collect_schema") and hasattr(table, "collect"):
+        table = table.collect()
+    if hasattr(table, "to_arrow"):
+        return table.to_arrow()
+    if type(table).__module__.startswith("pandas"):
+        return pa.Table.from_pandas(table, preserve_index=False)
+    raise UserError(f"expected a Polars or pandas frame or an Arrow table, found {type(table).__name__}")

@@ -1,0 +1,158 @@
+"""``Ranker``: embedding + interaction + deep part + heads, built from a config alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mldcn import interactions
+from mldcn.config import ModelConfig
+from mldcn.data.batch import EncodedLayout
+from mldcn.embedding import Embedder
+from mldcn.errors import UserError
+from mldcn.heads import TaskHeads
+from mldcn.interactions.dnn import MLP
+from mldcn.run import atomic
+from mldcn.schema import Schema
+
+# The position that serving pretends: the top of the page.
+SERVING_POSITION = 1
+
+
+class Ranker(nn.Module):
+    """A multi-task ranking model: ``x0 = embed(row)``, ``logits = heads(deep(interaction(x0)))``.
+
+    With ``deep.structure: stacked`` the MLP reads the interaction's output; with ``parallel`` it reads ``x0``
+    and the heads read both outputs side by side (DCN V2, Figure 1).
+
+    Args:
+        config: the ``model`` part of a config.
+        schema: the log's schema.
+        layout: what the columns of its encoded rows are.
+
+    Raises:
+        UserError: the interaction's name or options are not known, or a table is named that is not there.
+    """
+
+    def __init__(self, config: ModelConfig, schema: Schema, layout: EncodedLayout) -> None:
+        super().__init__()
+        self.tasks = layout.tasks
+        self.embedder = Embedder(layout, schema, config.embedding)
+        self.interaction = interactions.build(config.interaction, self.embedder.layout)
+        self.parallel = config.deep.structure == "parallel"
+        crossed = self.interaction.out_features
+        self.deep = MLP(
+            self.embedder.layout.width if self.parallel else crossed,
+            config.deep.hidden,
+            dropout=config.deep.dropout,
+            batch_norm=config.deep.batch_norm,
+        )
+        shared = self.deep.out_features + (crossed if self.parallel else 0)
+        self.heads = TaskHeads(shared, layout.tasks, config.heads.hidden)
+        self.position_bias: nn.Embedding | None = None
+        if layout.num_positions:
+            self.position_bias = nn.Embedding(layout.num_positions + 1, len(layout.tasks))
+            nn.init.zeros_(self.position_bias.weight)
+        rate = schema.negative_sampling_rate or 1.0
+        self.sampling_logit = math.log(rate)
+
+    def forward(self, ids: Tensor, dense: Tensor, position: Tensor | None = None) -> Tensor:
+        """Logits ``(B, T)`` of the log's own distribution.
+
+        Args:
+            ids: ``(B, C)`` table rows.
+            dense: ``(B, D)``.
+            position: ``(B,)`` logged positions, 0 where unknown; the serving position when not given.
+        """
+        logits = self.score(self.embedder(ids, dense))
+        return logits + self.position_logit(position) if self.position_bias is not None else logits
+
+    def score(self, x0: Tensor) -> Tensor:
+        """Logits ``(B, T)`` from ``x0 (B, d)``, without the position's part."""
+        crossed = self.interaction(x0)
+        shared = torch.cat([crossed, self.deep(x0)], dim=1) if self.parallel else self.deep(crossed)
+        logits: Tensor = self.heads(shared)
+        return logits
+
+    def position_logit(self, position: Tensor | None) -> Tensor:
+        """The additive position term, ``(B, T)``, or ``(T,)`` for the serving position."""
+        assert self.position_bias is not None
+        if position is None:
+            return self.position_bias.weight[SERVING_POSITION]
+        bias: Tensor = self.position_bias(position)
+        return bias
+
+    def served_logits(self, ids: Tensor, dense: Tensor) -> Tensor:
+        """Logits at the serving position, corrected for the log's sampling of negatives.
+
+        A log that keeps a share w of its negatives has odds 1/w too high: add log w (He et al. 2014, Section 6.3).
+        """
+        logits: Tensor = self(ids, dense)
+        return logits + self.sampling_logit
+
+    def flops(self) -> dict[str, int]:
+        """GEMM FLOPs per example (2 x multiply-adds; look-ups and element-wise work not counted), by part."""
+        return {
+            "embedding": self.embedder.flops(),
+            "interaction": self.interaction.flops(),
+            "deep": self.deep.flops(),
+            "heads": self.heads.flops(),
+        }
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters in tables and elsewhere."""
+        tables = {id(table) for table in self.embedder.tables().values()}
+        counts = {"embedding": 0, "dense": 0}
+        for parameter in self.parameters():
+            counts["embedding" if id(parameter) in tables else "dense"] += parameter.numel()
+        return counts
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes a model's parameters and buffers as safetensors, atomically."""
+    save_tensors(model.state_dict(), path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Reads what :func:`save_weights` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged, or belongs to another model.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); train the run again or restore the file") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit the run's config: {error}") from None
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes named tensors as safetensors, atomically."""
+    # safetensors refuses tensors that share storage; the clones of CPU tensors are short-lived.
+    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(owned, temporary)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        UserError: the device is not known or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"training.device: no device {name!r}; use auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"training.device: {name!r} asked for, but PyTorch sees no GPU; use auto or cpu")
+    return device

@@ -1,0 +1,153 @@
+"""From a finished run and raw rows to probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from mldcn.config import Config, load_config
+from mldcn.data.encoder import EncodedBlock, Encoder
+from mldcn.data.reading import RawBlock, open_log, table_blocks
+from mldcn.errors import UserError
+from mldcn.metrics import Isotonic, Platt, calibrator_from_json
+from mldcn.model import Ranker, load_weights, pick_device
+from mldcn.run import RunFolder, atomic
+
+PROBABILITY = "p_"  # prefix of the columns that a prediction adds
+
+
+class Predictor:
+    """A trained model with its preprocessing.
+
+    Args:
+        run: a finished run.
+        device: where to compute; ``auto`` is a GPU where there is one.
+
+    Raises:
+        UserError: the run is unfinished, damaged or of another version.
+    """
+
+    def __init__(self, run: RunFolder, device: str = "auto") -> None:
+        self.run = run
+        self.config: Config = load_config(run.config)
+        self.encoder = Encoder.load(run.encoder)
+        self.device = pick_device(device)
+        self.model = Ranker(self.config.model, self.config.log_schema, self.encoder.layout)
+        load_weights(self.model, run.weights)
+        self.model.to(self.device).eval()
+        self.calibrators: dict[str, Platt | Isotonic] = {}
+        if self.config.evaluation.calibration != "none":
+            saved = run.read_json("calibrators.json")
+            self.calibrators = {task: calibrator_from_json(raw) for task, raw in saved.items()}
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto") -> Predictor:
+        """Opens a run's folder and checks it."""
+        return cls(RunFolder.open(path), device)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.model.tasks
+
+    def predict_table(self, table: pa.Table) -> NDArray[np.float32]:
+        """Probabilities ``(n, T)`` of the rows of a table, as served.
+
+        The position is the serving position, sampled negatives are corrected for, and the run's calibrators
+        are applied. Only the features' columns are read.
+        """
+        blocks = table_blocks(table, self.config.data.block_rows)
+        parts = [self.predict_block(block) for block in blocks]
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.tasks)), np.float32)
+
+    def predict_block(self, block: RawBlock) -> NDArray[np.float32]:
+        """Probabilities ``(n, T)`` of one block of raw rows."""
+        return self.predict_encoded(self.encoder.encode(block, labels=False))
+
+    @torch.no_grad()
+    def predict_encoded(self, block: EncodedBlock) -> NDArray[np.float32]:
+        """Probabilities ``(n, T)`` of encoded rows."""
+        parts = []
+        size = self.config.training.eval_batch_size
+        for start in range(0, len(block.ids), size):
+            ids = torch.from_numpy(block.ids[start : start + size]).to(self.device)
+            dense = torch.from_numpy(block.dense[start : start + size]).to(self.device)
+            parts.append(torch.sigmoid(self.model.served_logits(ids, dense).float()).cpu().numpy())
+        scores = np.concatenate(parts) if parts else np.zeros((0, len(self.tasks)), np.float32)
+        return calibrated(scores, self.tasks, self.calibrators)
+
+
+def calibrated(
+    scores: NDArray[np.float32], tasks: Sequence[str], calibrators: dict[str, Platt | Isotonic]
+) -> NDArray[np.float32]:
+    """The scores ``(n, T)``, each task's through its calibrator where there is one."""
+    if not calibrators:
+        return scores
+    columns = [
+        calibrators[task].transform(scores[:, i]) if task in calibrators else scores[:, i]
+        for i, task in enumerate(tasks)
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def predict_file(
+    predictor: Predictor,
+    files: Sequence[str | Path],
+    target: Path,
+    keep: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Scores a raw log row by row, in its order, and writes ``keep`` columns and one ``p_<task>`` a task.
+
+    Args:
+        predictor: the model.
+        files: the log; only the features' columns need be there.
+        target: ``.csv`` or ``.parquet``; written atomically.
+        keep: columns of the log to copy, an id of the row for example.
+        progress: told the rows done so far.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UserError: a row cannot be read, or the target's extension is another.
+    """
+    columns = list(dict.fromkeys([*predictor.config.log_schema.feature_columns(), *keep]))
+    done = 0
+
+    def scored() -> Iterator[pa.Table]:
+        nonlocal done
+        for block in open_log(files, predictor.config.data, columns):
+            scores = predictor.predict_block(block)
+            kept = {name: block.table[name] for name in keep}
+            named = {f"{PROBABILITY}{task}": scores[:, i] for i, task in enumerate(predictor.tasks)}
+            yield pa.table({**kept, **named})
+            done += len(scores)
+            if progress is not None:
+                progress(done)
+
+    with atomic(target) as temporary:
+        _write_tables(scored(), temporary, target.suffix)
+    return done
+
+
+def _write_tables(tables: Iterable[pa.Table], path: Path, suffix: str) -> None:
+    from pyarrow import csv, parquet
+
+    kinds = {".csv": csv.CSVWriter, ".parquet": parquet.ParquetWriter}
+    if suffix not in kinds:
+        raise UserError(f"--out: unknown extension {suffix!r}; use .csv or .parquet")
+    writer = None
+    try:
+        for table in tables:
+            if writer is None:
+                writer = kinds[suffix](str(path), table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,215 @@
+"""A run's folder: what is in it, written and read atomically, with versions and checksums.
+
+    run.json             format, status, versions, what was trained on, cost
+    config.yaml          the resolved config, every default spelled out
+    encoder/             vocabularies and fitted transforms
+    layout.json          what the columns of encoded rows are
+    weights.safetensors  the best weights
+    calibrators.json     only where the config asks for them
+    history.jsonl        a line an evaluation
+    metrics.json         validation and test metrics of the best weights
+    predictions.arrow    the test rows' labels and probabilities, for ``mldcn compare``
+    checkpoints/         the last few states of an unfinished run
+    manifest.json        checksums of all the above, written when the run is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mldcn.errors import UserError
+
+FORMAT = 1
+VERSIONED = "run.json"
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def encoder(self) -> Path:
+        """The folder of vocabularies and transforms."""
+        return self.path / "encoder"
+
+    @property
+    def weights(self) -> Path:
+        """The best weights."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def predictions(self) -> Path:
+        """Labels and probabilities of the test rows."""
+        return self.path / "predictions.arrow"
+
+    @property
+    def history(self) -> Path:
+        """A line an evaluation."""
+        return self.path / "history.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """States of an unfinished run."""
+        return self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: str | Path, *, overwrite: bool = False) -> RunFolder:
+        """A new, empty folder.
+
+        Raises:
+            UserError: something is there already, and ``overwrite`` is false or it is no run's folder.
+        """
+        run = cls(path)
+        if run.path.exists() and any(run.path.iterdir()):
+            if not overwrite:
+                raise UserError(
+                    f"{path}: holds a run already; go on with --resume, replace it with --force, or name "
+                    "another folder with --out"
+                )
+            if not (run.path / VERSIONED).exists():
+                raise UserError(f"{path}: is no run's folder, so it is not replaced; name another with --out")
+            shutil.rmtree(run.path)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_info({"status": "new"})
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, *, finished: bool = True) -> RunFolder:
+        """An existing folder, checked.
+
+        Raises:
+            UserError: it is no run's folder, is of another version, unfinished or damaged.
+        """
+        run = cls(path)
+        info = run.info()
+        if info.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: a run of format {info.get('format')}; this version of mldcn reads format {FORMAT}. "
+                "Train it again, or use the mldcn version named in its run.json"
+            )
+        if finished:
+            if info.get("status") != "finished":
+                raise UserError(f"{path}: the run is not finished; go on with 'mldcn fit --resume {path}'")
+            run.verify()
+        return run
+
+    def info(self) -> dict[str, Any]:
+        """What ``run.json`` says.
+
+        Raises:
+            UserError: this is no run's folder.
+        """
+        if not (self.path / VERSIONED).is_file():
+            raise UserError(f"{self.path}: is no run's folder ({VERSIONED} is missing)")
+        return self.read_json(VERSIONED)
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        """Writes ``run.json``."""
+        self.write_json(VERSIONED, {"format": FORMAT, **info})
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the folder.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, not JSON ({error})") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the folder atomically."""
+        write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        """Marks the run finished: checkpoints are removed, checksums written."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.write_info({**self.info(), "status": "finished"})
+        sums = {str(file.relative_to(self.path)): checksum(file) for file in self._files()}
+        self.write_json("manifest.json", {"format": FORMAT, "crc32": sums})
+
+    def verify(self) -> None:
+        """Checks every file against the manifest.
+
+        Raises:
+            UserError: a file is missing or was changed.
+        """
+        manifest = self.read_json("manifest.json")
+        for name, expected in manifest["crc32"].items():
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(f"{file}: missing from the run; train it again or restore it")
+            if checksum(file) != expected:
+                raise UserError(f"{file}: damaged (its checksum is not the manifest's); train again or restore it")
+
+    def _files(self) -> Iterator[Path]:
+        """The files that the manifest vouches for: all but pages and logs made for people."""
+        for file in sorted(self.path.rglob("*")):
+            relative = file.relative_to(self.path)
+            if file.is_file() and relative.parts[0] not in ("manifest.json", "report.html", "tensorboard"):
+                yield file
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, in hexadecimal."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path``; when the block ends well, it is flushed and takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries, so that a rename outlives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,417 @@
+"""The training loop: plain, complete, in one file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mldcn import __version__
+from mldcn.config import Config, OptimiserConfig, dump_config
+from mldcn.data.batch import Batch
+from mldcn.data.prepare import EncodedData
+from mldcn.data.shards import EncodedRows
+from mldcn.errors import UserError
+from mldcn.metrics import METRICS
+from mldcn.model import Ranker, load_weights, pick_device, save_weights
+from mldcn.run import RunFolder, write_text
+from mldcn.training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from mldcn.training.ema import WeightAverage
+from mldcn.training.evaluate import Evaluation, evaluate, fit_calibrators
+from mldcn.training.loading import prefetch
+from mldcn.training.loss import task_loss
+from mldcn.training.observers import MLflow, Metrics, Observer, Progress, TensorBoard
+from mldcn.training.schedule import lr_factor
+from mldcn.training.table_optim import LazyAdam, RowWiseAdagrad, clip_grad_norm
+
+REPORT_STEPS = 20  # the loss is read back, checked and shown this often
+
+
+@dataclass
+class Position:
+    """How far a run has come; a checkpoint holds it."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # batches of the current epoch that were trained on
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    seconds: float = 0.0  # spent training, evaluation apart
+    evaluated_step: int = -1
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to. ``metrics``: split -> task -> metric -> value."""
+
+    metrics: dict[str, Metrics]
+    best_step: int
+    steps: int
+    seconds: float
+    rows_per_second: float
+    flops: dict[str, int]
+    parameters: dict[str, int]
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    config: Config,
+    run: RunFolder,
+    data: EncodedData,
+    *,
+    resume: bool = False,
+    observers: Sequence[Observer] = (),
+) -> Summary:
+    """Trains a model on encoded rows and leaves a finished run in its folder.
+
+    The weights of the best validation metric are kept, not the last ones. With the same seed, data, machine and
+    number of threads, two runs end with the same weights bit for bit, and so does a run that was resumed.
+
+    Args:
+        config: the whole config.
+        run: a new folder, or one that an interrupted run left.
+        data: the encoded rows.
+        resume: go on from the newest checkpoint, if there is one.
+        observers: told of the progress.
+
+    Raises:
+        UserError: the loss is no longer finite, or the monitored metric is not known.
+        Interrupted: Ctrl-C or SIGTERM; the newest checkpoint holds everything up to it.
+    """
+    trainer = Trainer(config, run, data, observers)
+    return trainer.fit(resume)
+
+
+class Trainer:
+    """The state of one run: model, optimisers, average, position."""
+
+    def __init__(
+        self, config: Config, run: RunFolder, data: EncodedData, observers: Sequence[Observer]
+    ) -> None:
+        training = config.training
+        if training.threads is not None:
+            torch.set_num_threads(training.threads)
+        torch.manual_seed(training.seed)
+        self.config, self.run, self.data = config, run, data
+        self.device = pick_device(training.device)
+        self.model = Ranker(config.model, config.log_schema, data.encoder.layout).to(self.device)
+        self.monitor_task, self.monitor = monitored(training.monitor, self.model.tasks)
+        if training.compile:
+            self.model.score = torch.compile(self.model.score)  # type: ignore[method-assign]
+        self.tables = self.model.embedder.tables()
+        self.optimisers = build_optimisers(training.optimiser, self.model)
+        self.peak_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimisers]
+        self.average = WeightAverage(self.model, training.ema, self.tables) if training.ema else None
+        self.task_weights = torch.tensor(
+            [label.weight for label in config.log_schema.labels], device=self.device
+        )
+        self.position = Position()
+        self.steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
+        self.total_steps = self.steps_per_epoch * training.epochs
+        self.observers = [*observers, *self._trackers(run.path)]
+
+    def fit(self, resume: bool) -> Summary:
+        """Trains to the end, then measures the best weights."""
+        state = load_checkpoint(self.run.checkpoints) if resume else None
+        if state is not None:
+            self._restore(state)
+        else:
+            self._describe_run()
+        for observer in self.observers:
+            observer.started(self.run.path.name, self.total_steps, self.position.step)
+        with stop_signals() as asked:
+            self._train(asked)
+        if self.data.valid is None:
+            self._save_best()
+        return self._conclude()
+
+    def _train(self, asked: threading.Event) -> None:
+        config, position = self.config.training, self.position
+        losses: list[Tensor] = []
+        started, first_step = time.perf_counter(), position.step
+        while position.epoch < config.epochs:
+            for batch in self._batches():
+                losses.append(self._step(batch))
+                position.step += 1
+                position.batch += 1
+                epoch_over = position.batch == self.steps_per_epoch
+                if position.step % REPORT_STEPS == 0 or epoch_over:
+                    rate = (position.step - first_step) * config.batch_size / (time.perf_counter() - started)
+                    self._report(losses, rate)
+                    losses.clear()
+                due = position.step % config.eval_steps == 0 if config.eval_steps else epoch_over
+                if due and self.data.valid is not None:
+                    position.seconds += time.perf_counter() - started
+                    stop = self._validate()
+                    started, first_step = time.perf_counter(), position.step
+                    if stop:
+                        return
+                at_checkpoint = config.checkpoint_steps and position.step % config.checkpoint_steps == 0
+                if due or epoch_over or at_checkpoint or asked.is_set():
+                    self._checkpoint()
+                if asked.is_set():
+                    raise Interrupted(f"{self.run.path}: stopped at step {position.step}")
+            position.epoch, position.batch = position.epoch + 1, 0
+        position.seconds += time.perf_counter() - started
+
+    def _batches(self) -> Iterator[Batch]:
+        config, position = self.config.training, self.position
+        return prefetch(
+            self.data.train.batches(
+                config.batch_size,
+                shuffle=True,
+                seed=config.seed,
+                epoch=position.epoch,
+                start_batch=position.batch,
+            )
+        )
+
+    def _step(self, batch: Batch) -> Tensor:
+        config = self.config.training.optimiser
+        self.model.train()
+        factor = lr_factor(config, self.position.step, self.total_steps)
+        for optimiser, peaks in zip(self.optimisers, self.peak_lrs, strict=True):
+            for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        batch = batch.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.amp == "bf16"):
+            logits = self.model(batch.ids, batch.dense, batch.position)
+        loss = task_loss(logits, batch.labels, batch.weight, self.task_weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if config.clip_norm is not None:
+            clip_grad_norm(self.model.parameters(), config.clip_norm)
+        touched = self._touched() if self.average else {}
+        if self.average:
+            self.average.before_step(touched)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.after_step(touched)
+        return loss.detach()
+
+    def _touched(self) -> dict[str, Tensor]:
+        assert self.average is not None
+        return {
+            name: table.grad.coalesce().indices()[0]
+            for name, table in self.average.tables.items()
+            if table.grad is not None
+        }
+
+    def _report(self, losses: list[Tensor], rate: float) -> None:
+        loss = float(torch.stack(losses).mean())
+        position = self.position
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self.run.path}: the loss is {loss} at step {position.step}; lower training.optimiser.lr, "
+                "set training.optimiser.clip_norm, or standardise the numeric features"
+            )
+        lr = self.optimisers[0].param_groups[0]["lr"]
+        progress = Progress(position.step, self.total_steps, position.epoch, loss, lr, rate)
+        for observer in self.observers:
+            observer.stepped(progress)
+
+    def _validate(self) -> bool:
+        """Scores the validation rows; keeps the weights if they are the best; says whether to stop."""
+        assert self.data.valid is not None
+        config, position = self.config.training, self.position
+        position.evaluated_step = position.step
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            metrics = self._evaluate(self.data.valid).metrics
+            value = metrics[self.monitor_task][self.monitor]
+            sign = 1.0 if METRICS[self.monitor.partition("@")[0]].higher_is_better else -1.0
+            better = value == value and (
+                position.best is None or sign * (value - position.best) > config.min_delta
+            )
+            if better or position.best_step == 0:
+                position.best = value if value == value else position.best
+                position.best_step, position.stale = position.step, 0
+                save_weights(self.model, self.run.weights)
+            else:
+                position.stale += 1
+        line = {"step": position.step, "epoch": position.epoch, "metrics": metrics}
+        with self.run.history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for observer in self.observers:
+            observer.evaluated(position.step, metrics, best=better)
+        return position.stale >= config.patience
+
+    def _save_best(self) -> None:
+        self.position.best_step = self.position.step
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            save_weights(self.model, self.run.weights)
+
+    def _evaluate(self, rows: EncodedRows, **options: Any) -> Evaluation:
+        return evaluate(
+            self.model,
+            rows,
+            self.config.evaluation,
+            batch_size=self.config.training.eval_batch_size,
+            device=self.device,
+            **options,
+        )
+
+    def _conclude(self) -> Summary:
+        load_weights(self.model, self.run.weights)
+        metrics: dict[str, Metrics] = {}
+        calibrators = None
+        if self.data.valid is not None:
+            valid = self._evaluate(self.data.valid, keep=self.config.evaluation.calibration != "none")
+            metrics["valid"] = valid.metrics
+            calibrators = fit_calibrators(self.config.evaluation.calibration, valid)
+            if calibrators:
+                self.run.write_json("calibrators.json", {t: c.to_json() for t, c in calibrators.items()})
+        if self.data.test is not None:
+            test = self._evaluate(
+                self.data.test, predictions=self.run.predictions, calibrators=calibrators
+            )
+            metrics["test"] = test.metrics
+            self.run.write_json("reliability.json", test.reliability)
+        position = self.position
+        rows = position.step * self.config.training.batch_size
+        summary = Summary(
+            metrics=metrics,
+            best_step=position.best_step,
+            steps=position.step,
+            seconds=position.seconds,
+            rows_per_second=rows / max(position.seconds, 1e-9),
+            flops=self.model.flops(),
+            parameters=self.model.parameter_counts(),
+        )
+        self.run.write_json("metrics.json", metrics)
+        self.run.write_info(
+            {
+                **self.run.info(),
+                "steps": summary.steps,
+                "best_step": summary.best_step,
+                "train_seconds": round(summary.seconds, 3),
+                "rows_per_second": round(summary.rows_per_second, 1),
+                "flops": summary.flops,
+                "parameters": summary.parameters,
+            }
+        )
+        self.run.finish()
+        for observer in self.observers:
+            observer.finished(metrics)
+        return summary
+
+    def _describe_run(self) -> None:
+        """Writes what the run is made of, before the first step."""
+        self.run.history.unlink(missing_ok=True)
+        write_text(self.run.config, dump_config(self.config))
+        self.data.encoder.save(self.run.encoder)
+        self.run.write_json("layout.json", self.data.encoder.layout.to_json())
+        self.run.write_info(
+            {
+                "status": "running",
+                "versions": {"mldcn": __version__, "torch": str(torch.__version__)},
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+                "data": self.data.fingerprint,
+                "rows": {
+                    name: len(rows)
+                    for name in ("train", "valid", "test")
+                    if (rows := getattr(self.data, name)) is not None
+                },
+            }
+        )
+
+    def _checkpoint(self) -> None:
+        state = {
+            "position": vars(self.position),
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "average": self.average.state_dict() if self.average else None,
+            "random": random_state(self.device),
+        }
+        save_checkpoint(
+            self.run.checkpoints, self.position.step, state, self.config.training.keep_checkpoints
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.position = Position(**state["position"])
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        set_random_state(state["random"], self.device)
+        if self.run.history.exists():  # evaluations behind the checkpoint will be made again
+            lines = self.run.history.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= self.position.step]
+            write_text(self.run.history, "".join(kept))
+
+    def _trackers(self, folder: Path) -> list[Observer]:
+        trackers: list[Observer] = []
+        if self.config.training.tensorboard:
+            trackers.append(TensorBoard(folder / "tensorboard"))
+        if self.config.training.mlflow:
+            name = str(self.config.model.interaction["name"])
+            trackers.append(MLflow(folder.name, {"interaction": name}))
+        return trackers
+
+
+def build_optimisers(config: OptimiserConfig, model: Ranker) -> list[torch.optim.Optimizer]:
+    """The dense parameters' optimiser, and the tables' whose steps touch only the batch's rows."""
+    tables = list(model.embedder.tables().values())
+    known = {id(table) for table in tables}
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    kind = torch.optim.AdamW if config.dense == "adamw" else torch.optim.Adam
+    built: list[torch.optim.Optimizer] = [
+        kind(dense, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    ]
+    if tables:
+        table_lr = config.table_lr if config.table_lr is not None else config.lr
+        table_kind = LazyAdam if config.table == "lazy_adam" else RowWiseAdagrad
+        built.append(table_kind(tables, lr=table_lr, l2=config.table_l2))
+    return built
+
+
+def monitored(monitor: str, tasks: Sequence[str]) -> tuple[str, str]:
+    """The task and metric that ``training.monitor`` names: ``auc`` is the first task's, or ``task/metric``.
+
+    Raises:
+        UserError: there is no such task or metric.
+    """
+    task, slash, metric = monitor.rpartition("/")
+    task = task if slash else tasks[0]
+    if task not in tasks:
+        raise UserError(f"training.monitor: no task {task!r}; the tasks are {', '.join(tasks)}")
+    if metric.partition("@")[0] not in METRICS:
+        raise UserError(f"training.monitor: no metric {metric!r}; known: {', '.join(METRICS)}")
+    return task, metric
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and left a checkpoint."""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Inside the block Ctrl-C and SIGTERM set the event instead of ending the process mid-step."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may handle signals
+        return
+    before = {s: signal.signal(s, lambda *_: asked.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

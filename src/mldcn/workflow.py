@@ -1,0 +1,109 @@
+"""The main job's steps, each one a call that the command line makes: train, evaluate, compare, fetch, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mldcn import interactions
+from mldcn.comparison import Comparison, compare_predictions, read_predictions
+from mldcn.config import Config, dump_config, load_config, parse
+from mldcn.data.prepare import encode_log, prepare
+from mldcn.predict import Predictor
+from mldcn.report import write_run_report
+from mldcn.run import RunFolder, write_text
+from mldcn.training.evaluate import Evaluation, evaluate
+from mldcn.training.fit import Summary, fit, monitored
+from mldcn.training.observers import Observer
+
+Encoding = Callable[[str, int, int, int], None]
+
+REPORT = "report.html"
+
+
+def check(config: Config) -> None:
+    """Refuses what only shows when a model is built, before a long encoding starts.
+
+    Raises:
+        UserError: an interaction, option, task or metric is not known.
+    """
+    interactions.parse(config.model.interaction)
+    monitored(config.training.monitor, config.log_schema.tasks)
+
+
+def encoded_folder(config: Config, run: Path) -> Path:
+    """Where a config's encoded rows lie: beside the run, shared by runs with the same data and schema."""
+    if config.data.encoded is not None:
+        return Path(config.data.encoded)
+    key = json.dumps([config.data.model_dump(mode="json"), config.log_schema.model_dump(mode="json")])
+    return run.parent / "encoded" / hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
+
+
+def train(
+    config: Config,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    encoding: Encoding | None = None,
+    observers: Sequence[Observer] = (),
+) -> Summary:
+    """Encodes the log (or takes the encoded rows that are there), trains, and writes the run's report."""
+    data = prepare(config, encoded_folder(config, run.path), encoding)
+    summary = fit(config, run, data, resume=resume, observers=observers)
+    write_run_report(run, run.path / REPORT)
+    return summary
+
+
+def evaluate_log(run: RunFolder, files: Sequence[str], encoding: Encoding | None = None) -> Evaluation:
+    """A finished run's metrics on another log with labels."""
+    with tempfile.TemporaryDirectory(prefix="mldcn-") as scratch:
+        return _evaluate(run, files, Path(scratch), encoding)
+
+
+def _evaluate(run: RunFolder, files: Sequence[str], scratch: Path, encoding: Encoding | None) -> Evaluation:
+    predictor = Predictor(run)
+    config = predictor.config
+    rows = encode_log(predictor.encoder, files, config.data, scratch / "encoded", encoding)
+    return evaluate(
+        predictor.model,
+        rows,
+        config,
+        device=predictor.device,
+        predictions=scratch / "predictions.arrow",
+        calibrators=predictor.calibrators,
+    )
+
+
+def compare(a: Path, b: Path, files: Sequence[str] = (), *, repeats: int = 1000) -> Comparison:
+    """The difference of two finished runs on their common test rows, or on another log.
+
+    Raises:
+        UserError: the runs were not tested on the same rows.
+    """
+    runs = [RunFolder.open(path) for path in (a, b)]
+    if not files:
+        tables = [read_predictions(run.predictions) for run in runs]
+        return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)
+    with tempfile.TemporaryDirectory(prefix="mldcn-") as scratch:
+        tables = []
+        for i, run in enumerate(runs):
+            folder = Path(scratch) / str(i)
+            _evaluate(run, files, folder, None)
+            tables.append(read_predictions(folder / "predictions.arrow"))
+        return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)
+
+
+def fetch(name: str, out: Path, source: Path | None, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Fetches a named log (or takes the user's download) and writes its config; gives the config's path."""
+    from mldcn import datasets
+
+    path = source if source is not None else datasets.fetch(name, out / "download", progress=progress)
+    _, raw = datasets.prepare(name, path, out / name)
+    config = parse(Config, raw, name)
+    target = out / f"{name}.yaml"
+    write_text(target, dump_config(config))
+    load_config(target)
+    return target
