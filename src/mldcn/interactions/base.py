@@ -101,7 +101,7 @@ def register(
         hints = typing.get_type_hints(cls.Options, include_extras=True)
         changed = {option: (hints[option], value) for option, value in defaults.items()}
         fields: dict[str, Any] = {"name": (Literal[name], name), **changed}
-        config: type[Strict] = pydantic.create_model(f"{cls.__name__}Config", __base__=cls.Options, **fields)
+        config = _model(f"{cls.__name__}Config", cls.Options, fields)
         _REGISTRY[name] = Info(name, title, paper, year, knob, cls, config)
         return cls
 
@@ -165,7 +165,11 @@ def _options_of(cls: type[Interaction]) -> type[Strict]:
         for parameter in inspect.signature(cls.__init__).parameters.values()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    return pydantic.create_model(f"{cls.__name__}Options", __base__=Strict, **fields)
+    return _model(f"{cls.__name__}Options", Strict, fields)
+
+
+def _model(name: str, base: type[Strict], fields: dict[str, Any]) -> type[Strict]:
+    return pydantic.create_model(name, __base__=base, **fields)
 
 
 def _checked(init: Callable[..., None], options: type[Strict]) -> Callable[..., None]:

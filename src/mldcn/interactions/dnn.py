@@ -14,7 +14,7 @@ from mldcn.layout import FieldLayout, as_layout
 class MLP(nn.Module):
     """``h_{l+1} = ReLU(W_l h_l + b_l)``, optionally with BatchNorm before and dropout after each ReLU.
 
-    He-normal weights and zero biases (DCN V2, Section 7.2). No hidden layer makes it the identity.
+    He-normal weights and zero biases (DCN V2, Section 7.1.3). No hidden layer makes it the identity.
     Parameters ``sum(a b + b)`` and FLOPs ``sum(2 a b)`` over neighbouring widths a, b.
 
     Args:

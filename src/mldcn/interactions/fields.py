@@ -32,13 +32,13 @@ class _PerField(nn.Module):
             part = x0[:, start : start + width * count]
             start += width * count
             if width > 1:
-                part = self.normalise(part.unflatten(1, (count, width))).flatten(1)
+                part = self.normalise(part.reshape(-1, count, width)).flatten(1)
             parts.append(part)
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 class FieldLayerNorm(_PerField):
-    """LayerNorm of each field on its own, with a gain and a bias a column (MaskNet's ``LN_EMB``, Eq. 3).
+    """LayerNorm of each field on its own, with a gain and a bias a column (MaskNet's ``LN_EMB``).
 
     A field of one column is only scaled and shifted.
 

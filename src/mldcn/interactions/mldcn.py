@@ -79,9 +79,9 @@ class MLDCNLayer(nn.Module):
     """One layer of ML-DCN (Eq. 8), read as ``LN(x0 * ((x V * mask(x)) U^T + b)) + x``.
 
     As printed, Eq. 8 lost a pair of parentheses that Eq. 2 has: the product with ``x0`` is ``d`` wide, so
-    ``U^T`` comes before it. That the mask reads the layer's own input, and that the branch is multiplied by ``x0``,
-    follow from the claimed order ``2^(l+1) - 1``; the bias is inside that product, as in Eq. 2, because
-    without its mask the layer must be the low-rank layer of DCN V2. Other readings are options.
+    ``U^T`` comes before it. The claimed order ``2^(l+1) - 1`` needs a mask that reads the layer's own input
+    and a branch that is multiplied by ``x0``. The bias is inside that product, as in Eq. 2, because without
+    its mask the layer must be the low-rank layer of DCN V2. Other readings are options.
 
     Args:
         features: width d.
