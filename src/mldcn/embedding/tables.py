@@ -104,9 +104,9 @@ class TableStack(nn.Module):
             column = int(bad.nonzero()[0])
             rows = int(self.limit[column])
             wrong = own[:, column]
-            row = int(((wrong < 0) | (wrong >= rows)).nonzero()[0])
+            at = int(((wrong < 0) | (wrong >= rows)).nonzero()[0])
             raise UserError(
-                f"feature {self.features[column]!r}: id {int(wrong[row])} in the batch's row {row} is outside "
+                f"feature {self.features[column]!r}: id {int(wrong[at])} in the batch's row {at} is outside "
                 f"its table of {rows} rows; encode the log with the encoder that the model was built for"
             )
 
