@@ -24,6 +24,7 @@ ROOMS = [
     "predict",
     "comparison",
     "training",
+    "study",
     "workflow",
     "estimator",
     "console",
@@ -60,4 +61,6 @@ def test_rooms_import_only_from_above():
 
 
 def test_every_listed_room_exists():
-    assert {p.name.removesuffix(".py") for p in ROOT.iterdir() if not p.name.startswith("_")} - {"py.typed"} == set(ROOMS)
+    assert {p.name.removesuffix(".py") for p in ROOT.iterdir() if not p.name.startswith("_")} - {
+        "py.typed"
+    } == set(ROOMS)

@@ -79,7 +79,8 @@ def init(
 
     Example: mldcn init impressions.csv
     """
-    from mldcn.console import err, out as screen
+    from mldcn.console import err
+    from mldcn.console import out as screen
     from mldcn.data.inference import infer, to_yaml
     from mldcn.run import write_text
 
@@ -89,7 +90,11 @@ def init(
     write_text(out, to_yaml(inferred, [str(path) for path in log]))
     for warning in inferred.warnings:
         err.print(f"warning: {warning}", markup=False)
-    screen.print(f"wrote {out}: read it, mend what was guessed wrong, then run\n  mldcn describe {out}\n  mldcn fit {out}")
+    screen.print(
+        f"wrote {out}: read it, mend what was guessed wrong, then run\n"
+        f"  mldcn describe {out}\n  mldcn fit {out}",
+        markup=False,
+    )
 
 
 @app.command()
@@ -112,7 +117,9 @@ def describe(config: ConfigFile, settings: Settings = []) -> None:  # noqa: B006
 @app.command()
 def fit(
     config: Annotated[Path | None, typer.Argument(help="the YAML file that 'mldcn init' wrote")] = None,
-    out: Annotated[Path | None, typer.Option(help="the run's folder; runs/<config>-<interaction> by default")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the run's folder; runs/<config>-<interaction> by default")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this interrupted run")] = None,
     settings: Settings = [],  # noqa: B006
     force: Annotated[bool, typer.Option("--force", help="replace the run if it is there")] = False,
@@ -123,7 +130,8 @@ def fit(
     """
     from mldcn import workflow
     from mldcn.config import load_config
-    from mldcn.console import EncodingProgress, FitProgress, err, metrics_table, out as screen
+    from mldcn.console import EncodingProgress, FitProgress, err, metrics_table
+    from mldcn.console import out as screen
     from mldcn.run import RunFolder
     from mldcn.training.fit import Interrupted, monitored
 
@@ -213,14 +221,24 @@ def compare(
     Example: mldcn compare runs/mldcn runs/dcnv2
     """
     from mldcn import workflow
-    from mldcn.console import out as screen, table
+    from mldcn.console import out as screen
+    from mldcn.console import table
 
     comparison = workflow.compare(a, b, [str(path) for path in log], repeats=repeats)
     rows = [
-        [d.task, d.metric, d.method, d.a, d.b, d.delta, f"[{d.low:+.5f}, {d.high:+.5f}]", f"{d.p_value:.4f}"]
-        for d in comparison.differences
+        [
+            task,
+            metric,
+            d.method,
+            d.a,
+            d.b,
+            f"{d.delta:+.5f}",
+            f"[{d.low:+.5f}, {d.high:+.5f}]",
+            f"{d.p_value:.4f}",
+        ]
+        for task, metric, d in comparison.differences
     ]
-    columns = ["task", "metric", "method", "A", "B", "A - B", "95 % interval", "p"]
+    columns = ["task", "metric", "method", "A", "B", "B - A", "95 % interval", "p"]
     table(f"A = {a}, B = {b}, {comparison.rows:,} rows", columns, rows, left=3)
     for line in comparison.verdicts():
         screen.print(line, markup=False)
@@ -256,6 +274,27 @@ def demo(
     from mldcn.demo import run_demo
 
     run_demo(out, rows, seed)
+
+
+@app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, as in recipes/")],
+    source: Annotated[Path, typer.Option(help="the recipe's log, as its publisher gives it")],
+    out: Annotated[Path | None, typer.Option(help="folder; results/<recipe> by default")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+) -> None:
+    """Trains a recipe's models at equal FLOPs and tuning effort over several seeds; goes on where it was.
+
+    Example: mldcn study recipes/movielens-1m.yaml --source ml-1m --jobs 2
+    """
+    from mldcn.console import err
+    from mldcn.console import out as screen
+    from mldcn.study import load_recipe, run_study
+
+    folder = out or Path("results") / recipe.stem
+    say = lambda line: err.print(line, markup=False)  # noqa: E731
+    run_study(load_recipe(recipe), source, folder, jobs=jobs, say=say)
+    screen.print((folder / "results.md").read_text(encoding="utf-8"), markup=False)
 
 
 @data_app.command("list")

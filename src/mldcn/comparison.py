@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from mldcn.errors import UserError
-from mldcn.metrics import cluster_bootstrap, delong
+from mldcn.metrics import Difference, cluster_bootstrap, delong
 from mldcn.run import atomic
 
 LABEL, PROBABILITY = "y_", "p_"
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One metric's difference A - B with its 95 % interval and two-sided p-value."""
-
-    task: str
-    metric: str
-    method: str
-    a: float
-    b: float
-    delta: float
-    low: float
-    high: float
-    p_value: float
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """All differences of two runs."""
+    """All differences B - A of two runs: (task, metric, difference)."""
 
     names: tuple[str, str]
     rows: int
-    differences: tuple[Difference, ...]
+    differences: tuple[tuple[str, str, Difference], ...]
 
     def verdicts(self) -> Iterable[str]:
-        """A sentence a difference, that claims no more than the interval shows."""
-        for d in self.differences:
-            if d.low <= 0 <= d.high:
-                yield f"{d.task} {d.metric} ({d.method}): no difference shown; it lies within [{d.low:+.5f}, {d.high:+.5f}]"
-                continue
-            better = (d.delta > 0) == (d.metric != "logloss")
-            winner, loser = self.names if better else self.names[::-1]
-            yield f"{d.task} {d.metric} ({d.method}): {winner} is better than {loser} by {abs(d.delta):.5f}"
+        """A sentence a difference, that claims no more than the test shows."""
+        for task, metric, d in self.differences:
+            what = f"{task} {metric} ({d.method})"
+            if d.better is None:
+                yield f"{what}: no difference shown; B - A lies within [{d.low:+.5f}, {d.high:+.5f}]"
+            else:
+                winner, loser = self.names if d.better == "a" else self.names[::-1]
+                yield f"{what}: {winner} is better than {loser} by {abs(d.delta):.5f}"
 
 
 class PredictionWriter:
@@ -63,6 +49,9 @@ class PredictionWriter:
         self._atomic = atomic(path)
         self._file = pa.ipc.new_file(str(self._atomic.__enter__()), self.schema)
 
+    def __enter__(self) -> PredictionWriter:
+        return self
+
     def write(
         self,
         labels: NDArray[np.float32],
@@ -76,10 +65,12 @@ class PredictionWriter:
         columns += [np.ascontiguousarray(scores[:, i]) for i in range(len(self.tasks))]
         self._file.write_batch(pa.record_batch([*columns, weight, user, request], schema=self.schema))
 
-    def close(self, error: BaseException | None = None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Puts the file in its place, or drops it after an error."""
         self._file.close()
-        self._atomic.__exit__(type(error) if error else None, error, None)
+        self._atomic.__exit__(kind, error, trace)
 
 
 def read_predictions(path: Path) -> pa.Table:
@@ -93,7 +84,8 @@ def read_predictions(path: Path) -> pa.Table:
             return pa.ipc.open_file(source).read_all()
     except FileNotFoundError:
         raise UserError(
-            f"{path}: the run has no test rows to compare on; name a log with --log, or give data.split a test share"
+            f"{path}: the run has no test rows to compare on; name a log with --log, or give data.split a "
+            "test share"
         ) from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: damaged ({error}); train the run again or restore it") from None
@@ -102,7 +94,7 @@ def read_predictions(path: Path) -> pa.Table:
 def compare_predictions(
     a: pa.Table, b: pa.Table, names: tuple[str, str], *, repeats: int = 1000, seed: int = 0
 ) -> Comparison:
-    """Differences of two models' predictions for the same rows.
+    """Differences B - A of two models' predictions for the same rows.
 
     AUC by DeLong's test (rows taken as independent) where all weights are 1; AUC and log loss by a bootstrap
     that draws whole users (or requests, or rows, whichever the log names) again with their rows.
@@ -117,12 +109,12 @@ def compare_predictions(
         same = same and np.array_equal(a[name].to_numpy(), b[name].to_numpy(), equal_nan=True)
     if not same:
         raise UserError(
-            f"{names[0]} and {names[1]} were not tested on the same rows ({a.num_rows:,} and {b.num_rows:,}); "
-            "name a log for both with --log"
+            f"{names[0]} and {names[1]} were not tested on the same rows ({a.num_rows:,} and "
+            f"{b.num_rows:,}); name a log for both with --log"
         )
     weight = a["weight"].to_numpy()
     clusters, unit = _clusters(a)
-    found: list[Difference] = []
+    found: list[tuple[str, str, Difference]] = []
     for task in common:
         labels = a[f"{LABEL}{task}"].to_numpy()
         known = ~np.isnan(labels)
@@ -132,12 +124,10 @@ def compare_predictions(
             continue  # one class only: no metric is defined
         weights = None if (w == 1).all() else w
         if weights is None:
-            d = delong(y, p_a, p_b)
-            found.append(Difference(task, "auc", "DeLong", d.a, d.b, d.delta, d.low, d.high, d.p_value))
+            found.append((task, "auc", delong(y, p_a, p_b)))
         for metric in ("auc", "logloss"):
-            d = cluster_bootstrap(metric, y, p_a, p_b, clusters=c, weights=weights, repeats=repeats, seed=seed)
-            method = f"bootstrap by {unit}"
-            found.append(Difference(task, metric, method, d.a, d.b, d.delta, d.low, d.high, d.p_value))
+            d = cluster_bootstrap(metric, y, p_a, p_b, c, weights=weights, repeats=repeats, seed=seed)
+            found.append((task, metric, replace(d, method=f"bootstrap by {unit}")))
     return Comparison(names, a.num_rows, tuple(found))
 
 

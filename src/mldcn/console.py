@@ -107,7 +107,11 @@ class FitProgress(Observer):
         if err.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             self.bar = Progress(
-                *columns, TextColumn("{task.fields[state]}"), TimeRemainingColumn(), console=err, transient=True
+                *columns,
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+                console=err,
+                transient=True,
             )
             self.bar.start()
             self.bar.add_task(self.label, total=total_steps, completed=step, state="")

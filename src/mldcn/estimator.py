@@ -63,7 +63,7 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.seed = seed
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> CTRModel:  # noqa: N803
+    def fit(self, X: Any, y: Any = None) -> CTRModel:
         """Trains on a table.
 
         Args:
@@ -102,18 +102,18 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         shutil.rmtree(home / "encoded")
         return self._adopt(Predictor.load(run.path))
 
-    def predict_proba(self, X: Any) -> NDArray[np.float64]:  # noqa: N803
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Probabilities ``(n, 2)`` of the first task's label being 0 and 1."""
         positive = self.predict_tasks(X)[:, 0].astype(np.float64)
         return np.stack([1.0 - positive, positive], axis=1)
 
-    def predict_tasks(self, X: Any) -> NDArray[np.float32]:  # noqa: N803
+    def predict_tasks(self, X: Any) -> NDArray[np.float32]:
         """Probabilities ``(n, T)`` of every task, in the order of ``tasks_``."""
         if not hasattr(self, "predictor_"):
             raise UserError("this CTRModel is not trained yet: call fit, or CTRModel.load(run)")
         return self.predictor_.predict_table(as_arrow(X))
 
-    def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
+    def predict(self, X: Any) -> NDArray[np.int64]:
         """1 where the first task's probability is at least one half."""
         return (self.predict_proba(X)[:, 1] >= 0.5).astype(np.int64)
 

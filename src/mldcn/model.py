@@ -1,9 +1,9 @@
-"""``Ranker``: embedding + interaction + deep part + heads, built from a config alone."""
+"""``Ranker``: embedding, then interaction, deep part and heads (``Scorer``), built from a config alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from mldcn.embedding import Embedder
 from mldcn.errors import UserError
 from mldcn.heads import TaskHeads
 from mldcn.interactions.dnn import MLP
+from mldcn.layout import FieldLayout
 from mldcn.run import atomic
 from mldcn.schema import Schema
 
@@ -25,11 +26,53 @@ from mldcn.schema import Schema
 SERVING_POSITION = 1
 
 
-class Ranker(nn.Module):
-    """A multi-task ranking model: ``x0 = embed(row)``, ``logits = heads(deep(interaction(x0)))``.
+class Scorer(nn.Module):
+    """``logits = heads(deep(interaction(x0)))``: all of a model but its embeddings.
 
     With ``deep.structure: stacked`` the MLP reads the interaction's output; with ``parallel`` it reads ``x0``
     and the heads read both outputs side by side (DCN V2, Figure 1).
+
+    Args:
+        config: the ``model`` part of a config.
+        layout: the fields of ``x0 (B, d)``.
+        tasks: names of the T tasks.
+
+    Raises:
+        UserError: the interaction's name or options are not known or do not fit ``x0``.
+    """
+
+    def __init__(self, config: ModelConfig, layout: FieldLayout, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.interaction = interactions.build(config.interaction, layout)
+        self.parallel = config.deep.structure == "parallel"
+        crossed = self.interaction.out_features
+        self.deep = MLP(
+            layout.width if self.parallel else crossed,
+            config.deep.hidden,
+            dropout=config.deep.dropout,
+            batch_norm=config.deep.batch_norm,
+        )
+        shared = self.deep.out_features + (crossed if self.parallel else 0)
+        self.heads = TaskHeads(shared, tasks, config.heads.hidden)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """``(B, d) -> (B, T)``."""
+        crossed = self.interaction(x0)
+        shared = torch.cat([crossed, self.deep(x0)], dim=1) if self.parallel else self.deep(crossed)
+        logits: Tensor = self.heads(shared)
+        return logits
+
+    def flops(self) -> dict[str, int]:
+        """GEMM FLOPs per example by part: 2 x the multiply-adds of every matrix product."""
+        return {
+            "interaction": self.interaction.flops(),
+            "deep": self.deep.flops(),
+            "heads": self.heads.flops(),
+        }
+
+
+class Ranker(nn.Module):
+    """A multi-task ranking model: ``logits = scorer(embedder(row)) + position bias``.
 
     Args:
         config: the ``model`` part of a config.
@@ -44,23 +87,12 @@ class Ranker(nn.Module):
         super().__init__()
         self.tasks = layout.tasks
         self.embedder = Embedder(layout, schema, config.embedding)
-        self.interaction = interactions.build(config.interaction, self.embedder.layout)
-        self.parallel = config.deep.structure == "parallel"
-        crossed = self.interaction.out_features
-        self.deep = MLP(
-            self.embedder.layout.width if self.parallel else crossed,
-            config.deep.hidden,
-            dropout=config.deep.dropout,
-            batch_norm=config.deep.batch_norm,
-        )
-        shared = self.deep.out_features + (crossed if self.parallel else 0)
-        self.heads = TaskHeads(shared, layout.tasks, config.heads.hidden)
+        self.scorer = Scorer(config, self.embedder.layout, layout.tasks)
         self.position_bias: nn.Embedding | None = None
         if layout.num_positions:
             self.position_bias = nn.Embedding(layout.num_positions + 1, len(layout.tasks))
             nn.init.zeros_(self.position_bias.weight)
-        rate = schema.negative_sampling_rate or 1.0
-        self.sampling_logit = math.log(rate)
+        self.sampling_logit = math.log(schema.negative_sampling_rate or 1.0)
 
     def forward(self, ids: Tensor, dense: Tensor, position: Tensor | None = None) -> Tensor:
         """Logits ``(B, T)`` of the log's own distribution.
@@ -70,15 +102,8 @@ class Ranker(nn.Module):
             dense: ``(B, D)``.
             position: ``(B,)`` logged positions, 0 where unknown; the serving position when not given.
         """
-        logits = self.score(self.embedder(ids, dense))
-        return logits + self.position_logit(position) if self.position_bias is not None else logits
-
-    def score(self, x0: Tensor) -> Tensor:
-        """Logits ``(B, T)`` from ``x0 (B, d)``, without the position's part."""
-        crossed = self.interaction(x0)
-        shared = torch.cat([crossed, self.deep(x0)], dim=1) if self.parallel else self.deep(crossed)
-        logits: Tensor = self.heads(shared)
-        return logits
+        logits: Tensor = self.scorer(self.embedder(ids, dense))
+        return logits if self.position_bias is None else logits + self.position_logit(position)
 
     def position_logit(self, position: Tensor | None) -> Tensor:
         """The additive position term, ``(B, T)``, or ``(T,)`` for the serving position."""
@@ -91,19 +116,15 @@ class Ranker(nn.Module):
     def served_logits(self, ids: Tensor, dense: Tensor) -> Tensor:
         """Logits at the serving position, corrected for the log's sampling of negatives.
 
-        A log that keeps a share w of its negatives has odds 1/w too high: add log w (He et al. 2014, Section 6.3).
+        A log that keeps a share w of its negatives has odds 1/w too high: add log w (He et al. 2014,
+        Section 6.3).
         """
         logits: Tensor = self(ids, dense)
         return logits + self.sampling_logit
 
     def flops(self) -> dict[str, int]:
-        """GEMM FLOPs per example (2 x multiply-adds; look-ups and element-wise work not counted), by part."""
-        return {
-            "embedding": self.embedder.flops(),
-            "interaction": self.interaction.flops(),
-            "deep": self.deep.flops(),
-            "heads": self.heads.flops(),
-        }
+        """GEMM FLOPs per example by part; look-ups and element-wise work are not counted."""
+        return {"embedding": self.embedder.flops(), **self.scorer.flops()}
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters in tables and elsewhere."""
@@ -128,7 +149,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); train the run again or restore the file") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}); train the run again or restore the file"
+        ) from None
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit the run's config: {error}") from None
 

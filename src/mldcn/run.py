@@ -1,16 +1,16 @@
 """A run's folder: what is in it, written and read atomically, with versions and checksums.
 
-    run.json             format, status, versions, what was trained on, cost
-    config.yaml          the resolved config, every default spelled out
-    encoder/             vocabularies and fitted transforms
-    layout.json          what the columns of encoded rows are
-    weights.safetensors  the best weights
-    calibrators.json     only where the config asks for them
-    history.jsonl        a line an evaluation
-    metrics.json         validation and test metrics of the best weights
-    predictions.arrow    the test rows' labels and probabilities, for ``mldcn compare``
-    checkpoints/         the last few states of an unfinished run
-    manifest.json        checksums of all the above, written when the run is finished
+run.json             format, status, versions, what was trained on, cost
+config.yaml          the resolved config, every default spelled out
+encoder/             vocabularies and fitted transforms
+layout.json          what the columns of encoded rows are
+weights.safetensors  the best weights
+calibrators.json     only where the config asks for them
+history.jsonl        a line an evaluation
+metrics.json         validation and test metrics of the best weights
+predictions.arrow    the test rows' labels and probabilities, for ``mldcn compare``
+checkpoints/         the last few states of an unfinished run
+manifest.json        checksums of all the above, written when the run is finished
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ class RunFolder:
             if not file.is_file():
                 raise UserError(f"{file}: missing from the run; train it again or restore it")
             if checksum(file) != expected:
-                raise UserError(f"{file}: damaged (its checksum is not the manifest's); train again or restore it")
+                raise UserError(
+                    f"{file}: damaged (its checksum is not the manifest's); train again or restore it"
+                )
 
     def _files(self) -> Iterator[Path]:
         """The files that the manifest vouches for: all but pages and logs made for people."""

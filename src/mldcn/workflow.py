@@ -1,4 +1,4 @@
-"""The main job's steps, each one a call that the command line makes: train, evaluate, compare, fetch, report."""
+"""The main job's steps, each one a call of the command line: train, evaluate, compare, fetch."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def compare(a: Path, b: Path, files: Sequence[str] = (), *, repeats: int = 1000)
         return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)
 
 
-def fetch(name: str, out: Path, source: Path | None, progress: Callable[[int, int], None] | None = None) -> Path:
+def fetch(
+    name: str, out: Path, source: Path | None, progress: Callable[[int, int], None] | None = None
+) -> Path:
     """Fetches a named log (or takes the user's download) and writes its config; gives the config's path."""
     from mldcn import datasets
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 class WeightAverage:
     r"""``avg_t = d_t avg_{t-1} + (1 - d_t) w_t`` with ``d_t = min(decay, (1 + t) / (10 + t))``.
 
-    The warm-up of ``d_t`` keeps short runs from averaging over their random start. A table's row that no batch
-    touched has kept its weight w since step s, so that its average is ``w + (avg_s - w) * prod d_{s+1..t}``: rows
-    are brought up to date when they are touched next, and all together before the average is read. DCN V2
-    (Section 7.1) evaluates with such an average, of decay 0.9999.
+    The warm-up of ``d_t`` keeps short runs from averaging over their random start. A table's row that no
+    batch touched has kept its weight w since step s, so that its average is
+    ``w + (avg_s - w) * prod d_{s+1..t}``: rows are brought up to date when they are touched next, and all
+    together before the average is read. DCN V2 (Section 7.1.3) evaluates with an average of decay 0.9999.
 
     Args:
         model: its floating-point parameters are averaged.
@@ -42,7 +42,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def before_step(self, touched: Mapping[str, Tensor]) -> None:
-        """Brings the rows that the next step will change up to date. ``touched``: table name -> row numbers."""
+        """Brings the rows that the next step will change up to date.
+
+        Args:
+            touched: parameter name -> row numbers.
+        """
         for name, rows in touched.items():
             self._catch_up(name, rows)
 

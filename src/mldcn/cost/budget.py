@@ -1,0 +1,63 @@
+"""Whole models at one cost: the widths at which a config meets a FLOPs budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from mldcn.config import ModelConfig
+from mldcn.cost.flops import solve_width
+from mldcn.layout import FieldLayout
+from mldcn.model import Scorer
+
+CLOSE_ENOUGH = 0.005
+
+
+def scorer_flops(config: ModelConfig, layout: FieldLayout, tasks: Sequence[str]) -> int:
+    """GEMM FLOPs per example of everything behind the embeddings; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(Scorer(config, layout, tasks).flops().values())
+
+
+def match_flops(config: ModelConfig, layout: FieldLayout, tasks: Sequence[str], budget: int) -> ModelConfig:
+    """The config with its interaction's width knob turned until the model costs nearly ``budget``.
+
+    Where the knob's steps are coarse, the width of the first deep layer takes up what they leave over.
+
+    Args:
+        config: the model; its interaction must have a width knob.
+        layout: the fields of ``x0``.
+        tasks: the heads' tasks.
+        budget: GEMM FLOPs per example of interaction, deep part and heads.
+
+    Raises:
+        UserError: the architecture has no width knob, or none of its widths comes near the budget.
+    """
+    spec = config.interaction
+    solution = solve_width(
+        spec["name"],
+        layout,
+        budget,
+        spec,
+        tolerance=0.2,
+        extra_flops=lambda width: _behind(config, layout, tasks, width),
+    )
+    turned = config.model_copy(update={"interaction": solution.options})
+    if abs(solution.residual) <= CLOSE_ENOUGH or not config.deep.hidden:
+        return turned
+    candidates = {solution.flops: turned}
+    for width in range(max(1, config.deep.hidden[0] // 2), 2 * config.deep.hidden[0] + 1):
+        deep = config.deep.model_copy(update={"hidden": (width, *config.deep.hidden[1:])})
+        candidate = turned.model_copy(update={"deep": deep})
+        candidates[scorer_flops(candidate, layout, tasks)] = candidate
+    return candidates[min(candidates, key=lambda flops: abs(flops - budget))]
+
+
+def _behind(config: ModelConfig, layout: FieldLayout, tasks: Sequence[str], crossed: int) -> int:
+    """FLOPs of the deep part and the heads behind (or beside) an interaction ``crossed`` wide."""
+    parallel = config.deep.structure == "parallel"
+    deep = (layout.width if parallel else crossed, *config.deep.hidden)
+    head = (deep[-1] + (crossed if parallel else 0), *config.heads.hidden, 1)
+    return sum(2 * a * b for a, b in pairwise(deep)) + len(tasks) * sum(2 * a * b for a, b in pairwise(head))

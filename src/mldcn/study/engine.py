@@ -1,0 +1,161 @@
+"""Running a study: plan, run what is not finished yet, summarise. A killed study goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mldcn import datasets
+from mldcn.config import Config, parse
+from mldcn.cost.budget import match_flops, scorer_flops
+from mldcn.data.prepare import prepare
+from mldcn.embedding import Embedder
+from mldcn.errors import UserError
+from mldcn.layout import FieldLayout
+from mldcn.run import RunFolder, write_text
+from mldcn.study.recipe import Recipe, nested, overlay
+from mldcn.study.summary import Row, to_json, to_markdown
+from mldcn.training.fit import fit, monitored
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study."""
+
+    rival: str
+    trial: int
+    seed: int
+    folder: Path
+    config: Config
+
+    def __str__(self) -> str:
+        return f"{self.rival} trial {self.trial} seed {self.seed}"
+
+
+def run_study(
+    recipe: Recipe, source: Path, out: Path, *, jobs: int = 1, say: Say = lambda _: None
+) -> list[Row]:
+    """Runs what is not finished yet and writes ``results.json`` and ``results.md``.
+
+    Args:
+        recipe: the study.
+        source: the log as its publisher gives it.
+        out: folder for the log, the encoded rows, the runs and the results.
+        jobs: runs at the same time, each with an equal share of the cores.
+        say: told of the progress, a line a time.
+
+    Returns:
+        A row a rival.
+    """
+    log, raw = datasets.prepare(recipe.dataset, source, out / "log")
+    del log
+    base = overlay(raw, recipe.config)
+    encoded = out / "encoded"
+    base = overlay(base, {"data": {"encoded": str(encoded)}})
+    first = parse(Config, overlay(base, _model(recipe, recipe.reference)), recipe.title)
+    data = prepare(first, encoded, None)
+    layout = Embedder(data.encoder.layout, first.log_schema, first.model.embedding).layout
+    tasks = data.encoder.layout.tasks
+    budget = scorer_flops(first.model, layout, tasks)
+    say(f"{len(data.train):,} training rows, x0 of {layout.width} columns, {budget:,} FLOPs a model")
+
+    def job(rival: str, trial: int, seed: int) -> Job:
+        raw = overlay(overlay(base, _model(recipe, rival)), nested(recipe.trials()[trial]))
+        config = parse(Config, overlay(raw, {"training": {"seed": seed}}), f"{recipe.title}: {rival}")
+        config = _matched(config, recipe, rival, layout, tasks, budget)
+        return Job(rival, trial, seed, out / "runs" / rival / f"trial-{trial:02d}-seed-{seed}", config)
+
+    trials = range(len(recipe.trials()))
+    tuning = [job(rival, trial, recipe.seeds[0]) for rival in recipe.rivals for trial in trials]
+    _run_all(tuning, jobs, say)
+    best = {rival: _best_trial([j for j in tuning if j.rival == rival]) for rival in recipe.rivals}
+    final = [job(rival, best[rival], seed) for rival in recipe.rivals for seed in recipe.seeds]
+    _run_all(final, jobs, say)
+    rows = [
+        _row(recipe, rival, best[rival], [j for j in final if j.rival == rival]) for rival in recipe.rivals
+    ]
+    write_text(out / "results.json", json.dumps([to_json(row) for row in rows], indent=2) + "\n")
+    write_text(out / "results.md", to_markdown(recipe, rows))
+    return rows
+
+
+def _model(recipe: Recipe, rival: str) -> dict[str, Any]:
+    return {"model": recipe.rivals[rival]}
+
+
+def _matched(
+    config: Config, recipe: Recipe, rival: str, layout: FieldLayout, tasks: tuple[str, ...], budget: int
+) -> Config:
+    if rival == recipe.reference:
+        return config
+    return config.model_copy(update={"model": match_flops(config.model, layout, tasks, budget)})
+
+
+def _run_all(planned: list[Job], jobs: int, say: Say) -> None:
+    todo = [job for job in planned if not _finished(job.folder)]
+    say(f"{len(planned)} runs, {len(planned) - len(todo)} finished before")
+    # Processes are started afresh: a forked one would inherit the parent's thread pools.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = {pool.submit(_run, job, _threads(jobs)): job for job in todo}
+        for done, future in enumerate(as_completed(running), 1):
+            say(f"{done} of {len(todo)}: {running[future]}: {future.result()}")
+
+
+def _threads(jobs: int) -> int:
+    return max(1, multiprocessing.cpu_count() // jobs)
+
+
+def _run(job: Job, threads: int) -> str:
+    """Trains one model in a process of its own; gives a line on how it went."""
+    training = job.config.training.model_copy(update={"threads": threads})
+    config = job.config.model_copy(update={"training": training})
+    data = prepare(config, Path(str(config.data.encoded)), None)
+    run = RunFolder(job.folder)
+    resume = run.path.exists()
+    if not resume:
+        run = RunFolder.create(job.folder)
+    summary = fit(config, run, data, resume=resume)
+    task, metric = monitored(config.training.monitor, config.log_schema.tasks)
+    return f"validation {metric} {summary.metrics['valid'][task][metric]:.5f}, {summary.seconds:.0f} s"
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return bool(RunFolder(folder).info().get("status") == "finished")
+    except UserError:
+        return False
+
+
+def _best_trial(tuned: list[Job]) -> int:
+    def value(job: Job) -> float:
+        task, metric = monitored(job.config.training.monitor, job.config.log_schema.tasks)
+        return float(RunFolder(job.folder).read_json("metrics.json")["valid"][task][metric])
+
+    return max(tuned, key=value).trial
+
+
+def _row(recipe: Recipe, rival: str, trial: int, final: list[Job]) -> Row:
+    task = recipe.task or final[0].config.log_schema.tasks[0]
+    runs = [RunFolder(job.folder) for job in final]
+    infos = [run.info() for run in runs]
+    flops = {k: v for k, v in infos[0]["flops"].items() if k != "embedding"}
+    return Row(
+        rival=rival,
+        interaction=dict(final[0].config.model.interaction),
+        settings=recipe.trials()[trial],
+        flops=sum(flops.values()),
+        parameters=infos[0]["parameters"]["dense"],
+        seeds=[job.seed for job in final],
+        test=[run.read_json("metrics.json")["test"][task] for run in runs],
+        valid=[run.read_json("metrics.json")["valid"][task] for run in runs],
+        seconds=[info["train_seconds"] for info in infos],
+        predictions=[str(run.predictions) for run in runs],
+    )
