@@ -1,7 +1,7 @@
 """Optimisers for embedding tables whose step costs what the touched rows cost, however tall the table is.
 
-They read row-sparse gradients, such as those of ``mldcn.embedding``. The gradients of a row that occurs several
-times in a batch are summed first: both methods square the gradient, so that the order of the two matters.
+They read row-sparse gradients, such as those of ``mldcn.embedding``. The gradients of a row that occurs
+several times in a batch are summed first: both methods square the gradient, so that the order matters.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class RowWiseAdagrad(_TableOptimiser):
         G_i <- G_i + mean_d g_id ** 2
         w_i <- w_i - lr * g_i / (sqrt(G_i) + eps)
 
-    It takes the mean over the width, not the sum, as FBGEMM's ``EXACT_ROWWISE_ADAGRAD`` does. The state is one
-    float a row.
+    It takes the mean over the width, not the sum, as FBGEMM's ``EXACT_ROWWISE_ADAGRAD`` does. The state is
+    one float a row.
 
     Args:
         params: tables ``(N, e)``.
@@ -120,14 +120,14 @@ class LazyAdam(_TableOptimiser):
         m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g ** 2
         w <- w - lr * (m / (1 - b1 ** t)) / (sqrt(v / (1 - b2 ** t)) + eps)
 
-    ``t`` counts the table's steps, not the row's, as in ``torch.optim.SparseAdam``: a row first seen late moves
-    by ``lr (1 - b1) / sqrt(1 - b2)``, some 3 lr, where Adam on dense gradients moves it by some 32 lr in all
-    over the steps that follow. Unlike ``SparseAdam`` this adds ``eps`` to the bias-corrected root, as
-    ``torch.optim.Adam`` does, and has ``l2``. Unlike here, ``Adam`` on dense gradients goes on moving rows that
-    no longer occur, and lets their moments decay at every step.
+    ``t`` counts the table's steps, not the row's, as in ``torch.optim.SparseAdam``: a row first seen late
+    moves by ``lr (1 - b1) / sqrt(1 - b2)``, some 3 lr, where Adam on dense gradients moves it by some 32 lr
+    in all over the steps that follow. Unlike ``SparseAdam`` this adds ``eps`` to the bias-corrected root, as
+    ``torch.optim.Adam`` does, and has ``l2``. Unlike here, ``Adam`` on dense gradients goes on moving rows
+    that no longer occur, and lets their moments decay at every step.
 
-    The state is two floats a weight. Both moments of a row lie side by side (``moments (N, 2, e)``), so that a
-    step reaches for one place in memory and not two.
+    The state is two floats a weight. Both moments of a row lie side by side (``moments (N, 2, e)``), so that
+    a step reaches for one place in memory and not two.
 
     Args:
         params: tables ``(N, e)``.
@@ -222,7 +222,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     if not bool(torch.isfinite(total)):
         raise UserError(
             f"training: the gradient's norm is {float(total)}: the loss has diverged, or the input holds "
-            "values that are not finite. Lower training.optimiser.lr or table_lr, or look at the numeric features"
+            "values that are not finite. Lower training.optimiser.lr or table_lr, or standardise the features"
         )
     if max_norm is not None and float(total) > max_norm:
         for value in values:
