@@ -260,7 +260,7 @@ class DCNMix(Interaction):
         features: width d of ``x0``, or its layout.
         num_layers: L.
         num_experts: K.
-        rank: r of *each* expert, as in Eq. 3; the total rank of the paper's Table 6 is ``num_experts * rank``.
+        rank: r of *each* expert, as in Eq. 3; the paper's Table 6 gives the total, ``num_experts * rank``.
         gate: ``softmax`` or ``sigmoid`` of a linear map of the layer's input, or ``constant`` 1.
         share_gate: one gate matrix for all layers.
         activation: g of Eq. 4, between the factors also without C.

@@ -27,13 +27,11 @@ class _PerField(nn.Module):
 
     def per_field(self, x0: Tensor) -> Tensor:
         """``(B, d) -> (B, d)``."""
-        parts, start = [], 0
-        for width, count in self.runs:
-            part = x0[:, start : start + width * count]
-            start += width * count
-            if width > 1:
-                part = self.normalise(part.reshape(-1, count, width)).flatten(1)
-            parts.append(part)
+        parts: list[Tensor] = []
+        sizes = [width * count for width, count in self.runs]
+        for part, (width, count) in zip(torch.split(x0, sizes, dim=1), self.runs, strict=True):
+            wide = width > 1
+            parts.append(self.normalise(part.reshape(-1, count, width)).flatten(1) if wide else part)
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
