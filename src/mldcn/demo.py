@@ -15,6 +15,7 @@ from mldcn.data.prepare import prepare
 from mldcn.datasets.pinads import pinads_config, write_log
 from mldcn.embedding import Embedder
 from mldcn.errors import UserError
+from mldcn.metrics import Difference
 from mldcn.report import comparison_page
 from mldcn.run import RunFolder, write_text
 from mldcn.training.fit import Summary, monitored
@@ -104,13 +105,13 @@ def _show(folder: Path, entries: list[Entry], bayes: dict[str, Any], rows: int, 
     shown, summaries = [], []
     for entry in entries:
         test = entry.summary.metrics["test"][task]
-        difference = None
+        differences: dict[str, Difference] = {}
         text = "reference"
         if entry.name != REFERENCE:
             comparison = compare(entries[0].run.path, entry.run.path, repeats=200)
-            difference = next(
-                d for t, m, d in comparison.differences if (t, m) == (task, "auc") and "by" in d.method
-            )
+            aucs = [(t, d) for t, m, d in comparison.differences if m == "auc" and d.method != "DeLong"]
+            differences = dict(aucs)
+            difference = differences[task]
             text = f"{difference.delta:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
         share = (test["auc"] - 0.5) / (best - 0.5)
         cost = entry.summary.flops
@@ -119,7 +120,7 @@ def _show(folder: Path, entries: list[Entry], bayes: dict[str, Any], rows: int, 
         shown.append(
             [*row, number(test["logloss"]), number(test["calibration"], 3), f"{entry.summary.seconds:.0f}"]
         )
-        summaries.append(run_summary(entry.name, entry.run, difference))
+        summaries.append(run_summary(entry.name, entry.run, differences))
     columns = [
         "model",
         "FLOPs",

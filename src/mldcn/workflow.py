@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mldcn import interactions
 from mldcn.comparison import Comparison, compare_predictions, read_predictions
 from mldcn.config import Config, dump_config, load_config, parse
-from mldcn.data.prepare import encode_log, prepare
+from mldcn.data.prepare import prepare
+from mldcn.data.reading import open_log
+from mldcn.data.shards import EncodedRows, ShardWriter
+from mldcn.metrics import Difference
 from mldcn.predict import Predictor
-from mldcn.report import write_run_report
+from mldcn.report import Bins, RunSummary, run_page
+from mldcn.report import Difference as ShownDifference
 from mldcn.run import RunFolder, write_text
 from mldcn.training.evaluate import Evaluation, evaluate
 from mldcn.training.fit import Summary, fit, monitored
@@ -53,8 +57,51 @@ def train(
     """Encodes the log (or takes the encoded rows that are there), trains, and writes the run's report."""
     data = prepare(config, encoded_folder(config, run.path), encoding)
     summary = fit(config, run, data, resume=resume, observers=observers)
-    write_run_report(run, run.path / REPORT)
+    write_report(run)
     return summary
+
+
+def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference] | None = None) -> RunSummary:
+    """What a report shows of a finished run; ``differences`` in AUC to a reference run, by task."""
+    info, metrics = run.info(), run.read_json("metrics.json")
+    config = load_config(run.config)
+    options = {k: v for k, v in config.model.interaction.items() if k != "name"}
+    reliability = run.read_json("reliability.json") if (run.path / "reliability.json").exists() else {}
+    history = run.history.read_text(encoding="utf-8").splitlines() if run.history.exists() else []
+    return RunSummary(
+        name=name,
+        metrics=metrics.get("test", {}),
+        valid_metrics=metrics.get("valid", {}),
+        options=", ".join(f"{key} {value}" for key, value in options.items()),
+        flops=sum(info["flops"].values()),
+        dense_params=info["parameters"]["dense"],
+        embedding_params=info["parameters"]["embedding"],
+        seconds=info["train_seconds"],
+        rows_per_second=info["rows_per_second"],
+        history=[(line["step"], line["metrics"]) for line in map(json.loads, history)],
+        reliability={task: Bins(**bins) for task, bins in reliability.items()},
+        differences={
+            task: ShownDifference(d.delta, d.low, d.high, d.p_value)
+            for task, d in (differences or {}).items()
+        },
+        config=run.config.read_text(encoding="utf-8"),
+    )
+
+
+def write_report(run: RunFolder) -> None:
+    """Writes a finished run's page."""
+    info = run.info()
+    rows = ", ".join(f"{split} {count:,}" for split, count in info["rows"].items())
+    page = run_page(
+        f"Run {run.path.name}",
+        run_summary(run.path.name, run),
+        protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, the best on validation.",
+        next_steps=[
+            ("Score new rows", f"mldcn predict {run.path} NEW_LOG --out scores.csv"),
+            ("Compare with another run", f"mldcn compare {run.path} ANOTHER_RUN"),
+        ],
+    )
+    page.write(run.path / REPORT)
 
 
 def evaluate_log(run: RunFolder, files: Sequence[str], encoding: Encoding | None = None) -> Evaluation:
@@ -66,10 +113,17 @@ def evaluate_log(run: RunFolder, files: Sequence[str], encoding: Encoding | None
 def _evaluate(run: RunFolder, files: Sequence[str], scratch: Path, encoding: Encoding | None) -> Evaluation:
     predictor = Predictor(run)
     config = predictor.config
-    rows = encode_log(predictor.encoder, files, config.data, scratch / "encoded", encoding)
+    done = 0
+    with ShardWriter(scratch / "encoded", predictor.encoder.layout) as writer:
+        for block in open_log(files, config.data, config.log_schema.columns()):
+            encoded = predictor.encoder.encode(block)
+            writer.write(encoded)
+            done += len(encoded)
+            if encoding is not None:
+                encoding("encode", done, 0, 0)
     return evaluate(
         predictor.model,
-        rows,
+        EncodedRows(scratch / "encoded"),
         config,
         device=predictor.device,
         predictions=scratch / "predictions.arrow",
