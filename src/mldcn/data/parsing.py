@@ -1,0 +1,280 @@
+"""From a raw block to arrays that hold no text: keys of ids, numbers, vectors, labels. Needs no fitted state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mldcn.data import cells
+from mldcn.data.hashing import NO_KEY, Keys, hash_texts
+from mldcn.data.reading import RawBlock
+from mldcn.errors import UserError
+from mldcn.schema import (
+    Bucketised,
+    Categorical,
+    EmbeddingFeature,
+    Label,
+    MultiCategorical,
+    Numeric,
+    Schema,
+    Sequence,
+)
+
+_TRUTHS: Mapping[str, float] = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Ids of one slot: keys ``(n, length)``, padded with ``NO_KEY``, and where in ``texts`` each stands."""
+
+    keys: Keys
+    texts: pa.Array
+    at: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class ParsedBlock:
+    """What a block says, by feature; see :func:`parse`."""
+
+    rows: int
+    ids: dict[str, Ids] = field(default_factory=dict)
+    numbers: dict[str, cells.Floats] = field(default_factory=dict)
+    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    labels: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    weight: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    position: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    request: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    user: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    time: cells.Floats = field(default_factory=lambda: np.zeros(0))
+
+
+def actions_of(feature: Sequence) -> str:
+    """The name of the table and slot of a sequence's actions."""
+    return f"{feature.name}.actions"
+
+
+def columns(schema: Schema, *, labels: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that encoding needs, and those it uses where the log has them.
+
+    Without labels (prediction), only what the features are made of is needed.
+    """
+    if labels:
+        return schema.columns(), ()
+    needed: list[str] = []
+    for feature in schema.features:
+        needed.append(feature.log_column)
+        if isinstance(feature, Sequence):
+            needed += [name for name in (feature.times, feature.actions) if name is not None]
+            if feature.times is not None and schema.time is not None:
+                needed.append(schema.time)
+    others = (schema.weight, schema.position, schema.request, schema.user, schema.time)
+    optional = [name for name in others if name is not None and name not in needed]
+    return tuple(dict.fromkeys(needed)), tuple(dict.fromkeys(optional))
+
+
+def parse(schema: Schema, block: RawBlock, *, labels: bool = True) -> ParsedBlock:
+    """Reads every cell that the schema names.
+
+    Raises:
+        UserError: a cell is not what the schema says; names file, row, column, value and remedy.
+    """
+    there = set(block.table.column_names)
+    needed, _ = columns(schema, labels=labels)
+    for name in needed:
+        if name not in there:
+            raise UserError(f"{block.file}: has no column {name!r}")
+    rows = len(block)
+
+    def given(name: str | None) -> str | None:
+        return name if name in there else None
+
+    time = np.full(rows, np.nan) if given(schema.time) is None else cells.times(block, str(schema.time))
+    parsed = ParsedBlock(
+        rows=rows,
+        labels=(
+            np.stack([_label(block, label) for label in schema.labels], axis=1)
+            if labels
+            else np.full((rows, len(schema.labels)), np.nan, np.float32)
+        ),
+        weight=_weight(block, given(schema.weight)),
+        position=_position(block, given(schema.position), schema.max_position),
+        request=_key(block, given(schema.request)),
+        user=_key(block, given(schema.user)),
+        time=time,
+    )
+    for feature in schema.features:
+        match feature:
+            case Numeric() | Bucketised():
+                parsed.numbers[feature.name] = cells.numbers(block, feature.log_column)
+            case Categorical():
+                parsed.ids[feature.name] = _single(block, feature.log_column)
+            case MultiCategorical():
+                lists = cells.lists(block, feature.log_column, feature.delimiter)
+                parsed.ids[feature.name] = _padded(lists, feature.max_length, newest_first=False)
+            case Sequence():
+                _sequence(block, feature, time, parsed)
+            case EmbeddingFeature():
+                parsed.vectors[feature.name] = _vectors(block, feature)
+    return parsed
+
+
+def _text_column(block: RawBlock, name: str) -> pa.Array:
+    array = cells.column(block, name)
+    if cells.is_list(array.type):
+        raise UserError(
+            f"{block.file}: column {name!r} holds lists; give the feature kind: multi or sequence"
+        )
+    return cells.texts(array)
+
+
+def _single(block: RawBlock, name: str) -> Ids:
+    texts = _text_column(block, name)
+    return Ids(hash_texts(texts)[:, None], texts)
+
+
+def _key(block: RawBlock, name: str | None) -> NDArray[np.int64]:
+    if name is None:
+        return np.zeros(len(block), np.int64)
+    return hash_texts(_text_column(block, name)).view(np.int64)
+
+
+def _places(
+    lists: cells.Lists, length: int, newest_first: bool
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where in ``lists.flat`` each of the first ``length`` elements of a row stands, and which there are."""
+    steps = np.arange(length)
+    there = steps < lists.lengths[:, None]
+    ends = (lists.starts + lists.lengths - 1)[:, None]
+    places = ends - steps if newest_first else lists.starts[:, None] + steps
+    return np.where(there, places, 0), there
+
+
+def _padded(lists: cells.Lists, length: int, *, newest_first: bool) -> Ids:
+    texts = cells.texts(lists.flat)
+    flat = hash_texts(texts)
+    # "a||b": nothing stands between the delimiters.
+    flat[pc.fill_null(pc.equal(texts, ""), False).to_numpy(zero_copy_only=False)] = NO_KEY
+    places, there = _places(lists, length, newest_first)
+    if not len(flat):
+        return Ids(np.zeros(places.shape, np.uint64), texts, places.ravel())
+    return Ids(np.where(there, flat[places], np.uint64(NO_KEY)), texts, places.ravel())
+
+
+def _sequence(block: RawBlock, feature: Sequence, now: cells.Floats, parsed: ParsedBlock) -> None:
+    lists = cells.lists(block, feature.log_column, feature.delimiter)
+    parsed.ids[feature.name] = _padded(lists, feature.max_length, newest_first=True)
+    if feature.actions is not None:
+        actions = _parallel(block, feature, feature.actions, lists)
+        parsed.ids[actions_of(feature)] = _padded(actions, feature.max_length, newest_first=True)
+    if feature.times is not None:
+        events = _parallel(block, feature, feature.times, lists)
+        flat = cells.times(block, feature.times, events.flat, events)
+        places, there = _places(events, feature.max_length, newest_first=True)
+        # Unknown times, of the event or of the row, count as no time ago.
+        ages = np.zeros(places.shape) if not len(flat) else np.nan_to_num(now[:, None] - flat[places])
+        parsed.vectors[feature.name] = (np.log1p(np.maximum(ages, 0)) * there).astype(np.float32)
+
+
+def _parallel(block: RawBlock, feature: Sequence, name: str, ids: cells.Lists) -> cells.Lists:
+    lists = cells.lists(block, name, feature.delimiter)
+    wrong = np.flatnonzero(lists.lengths != ids.lengths)
+    if len(wrong):
+        row = int(wrong[0])
+        raise block.error(
+            row,
+            name,
+            cells.column(block, name)[row].as_py(),
+            f"has {lists.lengths[row]} elements, but column {feature.log_column!r} has {ids.lengths[row]}; "
+            "give one for each",
+        )
+    return lists
+
+
+def _vectors(block: RawBlock, feature: EmbeddingFeature) -> NDArray[np.float32]:
+    name = feature.log_column
+    lists = cells.lists(block, name, feature.delimiter)
+    wrong = np.flatnonzero((lists.lengths != feature.width) & (lists.lengths != 0))
+    if len(wrong):
+        row = int(wrong[0])
+        raise block.error(
+            row,
+            name,
+            cells.column(block, name)[row].as_py(),
+            f"has {lists.lengths[row]} elements, expected {feature.width}; mend the row or set the width",
+        )
+    flat = cells.numbers(block, name, lists.flat, lists)
+    missing = np.flatnonzero(np.isnan(flat))
+    if len(missing):
+        raise block.error(
+            lists.row_of(int(missing[0])),
+            name,
+            None,
+            "stands inside a vector; fill it, or leave the whole empty",
+        )
+    vectors = np.zeros((len(block), feature.width))
+    vectors[lists.lengths > 0] = flat.reshape(-1, feature.width)
+    if feature.normalise:
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors /= np.where(norms > 0, norms, 1.0)
+    return vectors.astype(np.float32)
+
+
+def _label(block: RawBlock, label: Label) -> NDArray[np.float32]:
+    name = label.log_column
+    array = cells.column(block, name)
+    if label.at_least is not None:
+        values = cells.numbers(block, name, array)
+        return np.where(np.isnan(values), np.nan, values >= label.at_least).astype(np.float32)
+    if cells.is_text(array.type):
+        coded = array.dictionary_encode()
+        truths = [_TRUTHS.get(text.strip().lower(), np.inf) for text in coded.dictionary.to_pylist()]
+        # The last truth is that of a null.
+        codes = pc.fill_null(coded.indices, len(truths)).to_numpy(zero_copy_only=False)
+        values = np.array([*truths, np.nan])[codes]
+    else:
+        values = cells.numbers(block, name, array)
+    wrong = np.flatnonzero(~np.isnan(values) & (values != 0) & (values != 1))
+    if len(wrong):
+        row = int(wrong[0])
+        raise block.error(
+            row,
+            name,
+            array[row].as_py(),
+            "is no label; labels are 0 and 1 (or false and true), empty where unknown. Mend the row, or give "
+            "the label at_least to make a task of a number",
+        )
+    return values.astype(np.float32)
+
+
+def _weight(block: RawBlock, name: str | None) -> NDArray[np.float32]:
+    if name is None:
+        return np.ones(len(block), np.float32)
+    values = cells.numbers(block, name)
+    wrong = np.flatnonzero(~(values >= 0))
+    if len(wrong):
+        row = int(wrong[0])
+        value = cells.column(block, name)[row].as_py()
+        raise block.error(
+            row, name, value, "is no weight; give a number of at least 0 (0 leaves the row out)"
+        )
+    return values.astype(np.float32)
+
+
+def _position(block: RawBlock, name: str | None, largest: int) -> NDArray[np.int32]:
+    if name is None:
+        return np.zeros(len(block), np.int32)
+    values = cells.numbers(block, name)
+    unknown = np.isnan(values)
+    wrong = np.flatnonzero(~unknown & ((values < 1) | (values != np.floor(values))))
+    if len(wrong):
+        row = int(wrong[0])
+        value = cells.column(block, name)[row].as_py()
+        raise block.error(
+            row, name, value, "is no position; positions are whole numbers, 1 the top, empty where unknown"
+        )
+    return np.where(unknown, 0, np.minimum(values, largest)).astype(np.int32)

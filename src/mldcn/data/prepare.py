@@ -1,0 +1,305 @@
+"""``prepare``: from a config's log to encoded training, validation and test rows on disk, in bounded memory.
+
+Two passes over the log: one fits the vocabularies and transforms on the training rows, one encodes every row.
+A split by time or order takes a pass before them, over one column.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit, TimeSplit
+from mldcn.data import encoder, shards, vocabulary
+from mldcn.data.encoder import Encoder, Fitter
+from mldcn.data.parsing import ParsedBlock, parse
+from mldcn.data.reading import LogReader, RawBlock, expand
+from mldcn.data.shards import EncodedRows, ShardWriter, replace_folder
+from mldcn.data.splits import (
+    LEFT_OUT,
+    PARTS,
+    TRAIN,
+    ColumnRule,
+    HashRule,
+    Part,
+    Parts,
+    Rule,
+    TimesOnDisk,
+    order_rule,
+    row_times,
+)
+from mldcn.errors import UserError
+from mldcn.run import write_text
+
+FORMAT = 1
+_FILE = "prepared.json"
+
+# What is being done, rows done, bytes of the log done and in all.
+Progress = Callable[[str, int, int, int], None]
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """A prepared log.
+
+    ``fingerprint`` is plain data for the run's folder: each file's size and digest. ``reused`` says that the
+    folder held these rows already.
+    """
+
+    train: EncodedRows
+    valid: EncodedRows | None
+    test: EncodedRows | None
+    encoder: Encoder
+    fingerprint: dict[str, Any]
+    reused: bool
+
+
+def prepare(config: Config, folder: str | Path, progress: Progress | None = None) -> EncodedData:
+    """Encodes the log that a config names.
+
+    Vocabularies and transforms are fitted on training rows alone. When the folder holds what the same schema,
+    data config and files (by size and time of change) gave, it is checked and used again.
+
+    Args:
+        config: its ``data`` and ``schema`` parts are read.
+        folder: where the encoded rows go.
+        progress: called after each block with (stage, rows done, bytes done, bytes in all).
+
+    Raises:
+        UserError: the log cannot be read or is not what the schema says, a split comes out empty, or the folder
+            holds something else.
+    """
+    folder = Path(folder)
+    files = _files_of(config.data)
+    key = _key(config, files)
+    if folder.exists() and any(folder.iterdir()):
+        found = _prepared(folder)
+        # Damaged rows are encoded again, not mourned.
+        with contextlib.suppress(UserError, KeyError):
+            if found.get("key") == key:
+                return _open(folder, found, reused=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary.chmod(0o755)
+    try:
+        fingerprint = _Preparation(config, files, temporary, progress or (lambda *_: None)).run()
+        if _key(config, files) != key:
+            raise UserError(
+                "the log's files changed while they were read; prepare them again when they are whole"
+            )
+        parts = [part for part in PARTS if (temporary / part).is_dir()]
+        found = {"format": FORMAT, "key": key, "parts": parts, "fingerprint": fingerprint}
+        write_text(temporary / _FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _open(folder, found, reused=False)
+
+
+class _Preparation:
+    """The passes over one log."""
+
+    def __init__(
+        self, config: Config, files: dict[Part, list[Path]], folder: Path, progress: Progress
+    ) -> None:
+        self._schema = config.log_schema
+        self._data = config.data
+        self._files = files
+        self._folder = folder
+        self._progress = progress
+        self._fingerprint: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Fits, encodes and writes; gives the log's fingerprint."""
+        split = self._data.split
+        rule = None if isinstance(split, FilesSplit) else self._rule(split)
+        fitted = self._fit(rule)
+        fitted.save(self._folder / "encoder")
+        with ExitStack() as stack:
+            writers = {
+                number: stack.enter_context(ShardWriter(self._folder / part, fitted.layout))
+                for number, part in enumerate(PARTS)
+                if rule is not None or self._files[part]
+            }
+            for part in PARTS:
+                for block, parts in self._passed(
+                    "encode", part, rule, lambda p: fitted.assemble(self._parse(p))
+                ):
+                    for number, writer in writers.items():
+                        rows = parts == number
+                        writer.write(block if rows.all() else block.select(rows))
+        return {"files": self._fingerprint}
+
+    def _rule(self, split: TimeSplit | HashSplit | ColumnSplit | OrderSplit) -> Rule:
+        if isinstance(split, ColumnSplit):
+            return ColumnRule(split)
+        if split.valid + split.test >= 1:
+            raise UserError(
+                f"data.split: valid {split.valid:g} and test {split.test:g} leave no rows for training; lower them"
+            )
+        if isinstance(split, HashSplit):
+            return HashRule(split)
+        if isinstance(split, OrderSplit):
+            column = self._schema.labels[0].log_column
+            rows = sum(len(block) for block in self._blocks("count rows", "train", [column]))
+            return order_rule(split, rows)
+        if self._schema.time is None:
+            raise UserError("data.split goes by time, but schema.time names no column; name it")
+        times = TimesOnDisk(self._folder)
+        try:
+            for block in self._blocks("find times", "train", [self._schema.time]):
+                times.add(row_times(block, self._schema.time))
+            return times.rule(split, self._schema.time)
+        finally:
+            times.close()
+
+    def _fit(self, rule: Rule | None) -> Encoder:
+        fitter = Fitter(self._schema)
+        counts = np.zeros(LEFT_OUT + 1, np.int64)
+        for parsed, parts in self._passed("fit", "train", rule, self._parse):
+            counts += np.bincount(parts, minlength=len(counts))
+            train = parts == TRAIN
+            fitter.update(parsed, None if train.all() else np.flatnonzero(train))
+        for number, part in enumerate(PARTS):
+            if rule is not None and not counts[number]:
+                raise UserError(f"data.split leaves no {part} rows, of {counts.sum()}: {rule.remedy(part)}")
+        return fitter.finish()
+
+    def _parse(self, block: RawBlock) -> ParsedBlock:
+        return parse(self._schema, block)
+
+    def _passed(
+        self, stage: str, part: Part, rule: Rule | None, work: Callable[[RawBlock], Out]
+    ) -> Iterator[tuple[Out, Parts]]:
+        """What ``work`` makes of each block, done by threads, in order; and the part of each of its rows."""
+        columns = [*self._schema.columns(), *(rule.columns if rule is not None else ())]
+
+        def jobs() -> Iterator[tuple[RawBlock, Parts]]:
+            row = 0
+            for block in self._blocks(stage, part, columns):
+                given = np.full(len(block), PARTS.index(part), np.int8)
+                yield block, given if rule is None else rule.parts(block, row)
+                row += len(block)
+
+        return ordered_map(lambda job: (work(job[0]), job[1]), jobs())
+
+    def _blocks(self, stage: str, part: Part, columns: list[str]) -> Iterator[RawBlock]:
+        if not self._files[part]:
+            return
+        last = stage == "encode"
+        reader = LogReader(self._files[part], self._data, digests=last)
+        rows = 0
+        for block in reader.blocks(list(dict.fromkeys(columns))):
+            yield block
+            rows += len(block)
+            self._progress(stage, rows, reader.bytes_done, reader.bytes_total)
+        if last:
+            for path, size in zip(reader.files, reader.sizes, strict=True):
+                self._fingerprint[str(path)] = {"bytes": size, "blake2b": reader.digests[str(path)]}
+
+
+def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int | None = None) -> Iterator[Out]:
+    """Like ``map``, with threads that work ahead by a bounded number of items.
+
+    An error is raised in its turn, after the results of the items before it.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    waiting: deque[Future[Out]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            iterator = iter(items)
+            failed: BaseException | None = None
+            while True:
+                try:
+                    waiting.append(pool.submit(work, next(iterator)))
+                except StopIteration:
+                    break
+                except UserError as error:
+                    failed = error
+                    break
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+            if failed is not None:
+                raise failed
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _files_of(data: DataConfig) -> dict[Part, list[Path]]:
+    """The files of each part; where a rule splits the log, all are the training part's."""
+    if not data.train:
+        raise UserError("data.train names no file; give the log's files there")
+    if isinstance(data.split, FilesSplit):
+        return {"train": expand(data.train), "valid": _expanded(data.valid), "test": _expanded(data.test)}
+    for name, files in (("valid", data.valid), ("test", data.test)):
+        if files:
+            raise UserError(
+                f"data.{name} names files, but data.split is {data.split.kind!r}; set its kind to files"
+            )
+    return {"train": expand(data.train), "valid": [], "test": []}
+
+
+def _expanded(files: tuple[str, ...]) -> list[Path]:
+    return expand(files) if files else []
+
+
+def _key(config: Config, files: dict[Part, list[Path]]) -> dict[str, Any]:
+    """What the encoded rows depend on, as plain data."""
+    states = {}
+    for part, paths in files.items():
+        facts = [(path, path.stat()) for path in paths]
+        states[part] = [[str(path.resolve()), fact.st_size, fact.st_mtime_ns] for path, fact in facts]
+    return {
+        "formats": [FORMAT, encoder.FORMAT, shards.FORMAT, vocabulary.FORMAT],
+        "schema": config.log_schema.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", exclude={"encoded"}),
+        "files": states,
+    }
+
+
+def _prepared(folder: Path) -> dict[str, Any]:
+    """What an earlier preparation noted in the folder.
+
+    Raises:
+        UserError: the folder is no preparation's.
+    """
+    path = folder / _FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: holds something else than encoded rows; name another folder")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _open(folder: Path, found: dict[str, Any], *, reused: bool) -> EncodedData:
+    rows = {part: EncodedRows(folder / part) for part in found["parts"]}
+    if reused:
+        for part in rows.values():
+            part.verify()
+    return EncodedData(
+        train=rows["train"],
+        valid=rows.get("valid"),
+        test=rows.get("test"),
+        encoder=encoder.Encoder.load(folder / "encoder"),
+        fingerprint=found["fingerprint"],
+        reused=reused,
+    )
