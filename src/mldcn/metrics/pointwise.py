@@ -174,7 +174,7 @@ class ReliabilitySums:
         self._seen = float(upto[-1])
         if self._weight == 0:
             return
-        bins = ((upto - mass / 2) * (self._bins / self._weight)).astype(np.intp)
+        bins = ((upto - mass / 2) * self._bins / self._weight).astype(np.intp)
         np.minimum(bins, self._bins - 1, out=bins)
         for total, column in zip(
             self._sums, (mass, mass * scores_of_keys(ties.keys), ties.positive), strict=True

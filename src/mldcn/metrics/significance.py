@@ -155,7 +155,8 @@ def cluster_bootstrap(
 
     Returns:
         Percentile interval, and the p-value twice the smaller share of draws on one side of 0. NaN where
-        the metric is undefined; draws where it is (one class only) are left out.
+        the metric is undefined, or all draws differ alike, and not by 0 (a single cluster, say). Draws with
+        one class only are left out.
 
     Raises:
         UserError: an unknown metric, ``repeats`` below 1, a group that spans clusters, or as
@@ -183,7 +184,8 @@ def cluster_bootstrap(
         deltas[repeat] = drawn_b - drawn_a
     deltas = deltas[~np.isnan(deltas)]
     low = high = p_value = math.nan
-    if len(deltas) and not math.isnan(b - a):
+    # Where all draws differ alike (one cluster, perfect separation) there is no spread to go by.
+    if len(deltas) and (a == b or np.ptp(deltas) > _ROUNDING):
         low, high = (float(q) for q in np.quantile(deltas, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]))
         # The + 1 counts the rows as they are among the draws: no finite number of draws shows p = 0.
         side = min(np.count_nonzero(deltas <= 0), np.count_nonzero(deltas >= 0))

@@ -106,15 +106,15 @@ class MetricStream:
                 f"labels have shape {labels.shape}, scores {scores.shape}: "
                 f"expected (n, {len(self.tasks)}) of both, a column for each of {', '.join(self.tasks)}"
             )
-        if self._weighted is None:
-            self._weighted = weights is not None
-        elif self._weighted != (weights is not None):
+        if self._weighted not in (None, weights is not None):
             raise UserError("weights: given for some chunks only; give them for all (1 where there is none)")
         columns = self._groups(groups or {}, len(labels))
         checked = [
             check_rows(labels[:, t], scores[:, t], weights, probabilities=True, name=f"scores of {task}")
             for t, task in enumerate(self.tasks)
         ]
+        # From here on nothing is refused: a chunk counts wholly or not at all.
+        self._weighted = weights is not None
         for sums, rows in zip(self._sums, checked, strict=True):
             sums.add(rows)
         codes = np.full(labels.shape, _NO_LABEL, np.int8)
