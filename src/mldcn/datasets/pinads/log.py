@@ -187,17 +187,17 @@ def simulate(world: World, size: int) -> Iterator[tuple[Impressions, History]]:
         raise UserError(f"pinads: size is the number of impressions, at least 1 (found {size})")
     config = world.config
     history = History(world)
-    warm_up = int(size * config.warm_up)
-    done, request, chunk = -warm_up, 0, 0
+    done, request, chunk = -int(size * config.warm_up), 0, 0
     while done < size:
         impressions = _chunk(world, chunk, done, size)
-        # The warm-up ends and the log begins within a chunk; the history's step is the chunk all the same.
-        keep = np.arange(len(impressions)) + done
-        logged = np.flatnonzero((keep >= 0) & (keep < size))
-        if len(logged):
-            request_first = impressions.request[logged[0]]
-            yield _take(impressions, logged, request - int(request_first)), history
-            request += int(impressions.request[logged[-1]] - request_first) + 1
+        # The log's first request is whole: a chunk that would run from the warm-up into the log is cut there.
+        room = size - done if done >= 0 else -done
+        if len(impressions) > room:
+            impressions = _take(impressions, np.arange(room), 0)
+        if done >= 0:
+            logged = _take(impressions, np.arange(len(impressions)), request + 1)
+            request = int(logged.request[-1])
+            yield logged, history
         history.update(impressions)
         done += len(impressions)
         chunk += 1
@@ -220,7 +220,7 @@ def _chunk(world: World, number: int, done: int, size: int) -> Impressions:
     shown = np.arange(width) < wanted[:, None]
     for place in range(1, width):  # an ad is shown once in a request
         shown[:, place] &= ~(items[:, :place] == items[:, place : place + 1]).any(axis=1)
-    position = np.cumsum(shown, axis=1)[shown]
+    position = np.cumsum(shown, axis=1, dtype=np.int64)[shown]
     count = shown.sum(axis=1)
     row = np.repeat(np.arange(asked), count)
     share = (done + np.cumsum(count) - count) / size
@@ -262,7 +262,7 @@ def _take(impressions: Impressions, rows: Ints, shift: int) -> Impressions:
     columns = vars(impressions)
     contexts = Contexts(**{name: column[rows] for name, column in vars(impressions.contexts).items()})
     taken = {name: column[rows] for name, column in columns.items() if name != "contexts"}
-    taken["request"] = taken["request"] + shift + 1
+    taken["request"] = taken["request"] + shift
     return Impressions(contexts=contexts, **taken)
 
 
@@ -475,5 +475,7 @@ class _Writer:
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
-        joined = [pl.col(name).cast(pl.List(pl.String)).list.join("|") for name in lists]
+        text = [pl.col(name).cast(pl.List(pl.String)).list.join("|") for name in lists]
+        # An empty list is an empty cell, not a quoted empty text.
+        joined = [pl.when(column.str.len_bytes() > 0).then(column) for column in text]
         frame.with_columns(joined).write_csv(self._file, include_header=first)

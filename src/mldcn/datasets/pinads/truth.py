@@ -297,7 +297,7 @@ class World:
         )
 
     def _products(self, rng: np.random.Generator, orders: list[int], sharpness: float) -> Split:
-        """Products of the factors of ``orders[j]`` random fields, one of the user's and one of the item's at least."""
+        """Products of ``orders[j]`` fields' factors, one field at least the user's and one the item's."""
         member = np.zeros((len(FIELDS), len(orders)), dtype=np.bool_)
         u, i = len(USER_FIELDS), len(USER_FIELDS) + len(ITEM_FIELDS)
         for j, order in enumerate(orders):

@@ -55,7 +55,8 @@ class PinadsConfig(Strict):
 
     ``truth`` picks what the true probabilities are made of (``truth.py`` documents each term):
     ``mixed`` has low-order terms, crosses of orders 3 to 6 and crosses that an instance's gate turns on;
-    ``low_order`` has main effects and second-order matches only; ``dense`` is a random smooth MLP of the inputs.
+    ``low_order`` has main effects and second-order matches only; ``dense`` is a random smooth MLP of the
+    inputs.
     """
 
     seed: int = Field(0, ge=0)
@@ -163,7 +164,7 @@ def pick(rng: np.random.Generator, shares: npt.ArrayLike, size: int) -> Ints:
     """Draws ``size`` codes with these probabilities (inverse of the distribution function)."""
     upper = np.cumsum(np.asarray(shares, dtype=np.float64))
     found = np.searchsorted(upper, rng.random(size) * upper[-1], side="right")
-    return np.minimum(found, len(upper) - 1)
+    return np.asarray(np.minimum(found, len(upper) - 1), dtype=np.int64)
 
 
 def zipf(size: int, exponent: float) -> Floats:
