@@ -91,6 +91,8 @@ class TableStack(nn.Module):
         if not self.all_single:
             keep = (ids.index_select(1, self.item_columns) != MISSING) | self.single
         gathered = gather_rows(self.weight, own + self.shift, keep)
+        if len(self.group_sizes) == 1:
+            return (gathered,)
         # One split rather than slices: its backward pass writes the gradient once, not once a slice.
         return tuple(torch.split_with_sizes(gathered, self.group_sizes, dim=1))
 
