@@ -19,6 +19,8 @@ from mldcn.errors import UserError
 
 Floats = NDArray[np.float64]
 
+_PART = 1_024
+
 
 @dataclass(frozen=True)
 class Lists:
@@ -134,21 +136,29 @@ def _parsed(array: pa.Array, fail: Callable[[int, str], UserError]) -> Floats:
 
 
 def first_failure(array: pa.Array, cast: Callable[[pa.Array], object]) -> int | None:
-    """The first element on which ``cast`` fails, found by halving; None if it fails on none."""
-    try:
-        cast(array)
+    """The first element on which ``cast`` fails; None if it fails on none.
+
+    A cast makes an error of every element that fails, which is slow: so small parts are tried in turn.
+    """
+    low, high = 0, -1
+    for start in range(0, len(array), _PART):
+        if _fails(array.slice(start, _PART), cast):
+            low, high = start, min(start + _PART, len(array))
+            break
+    if high < 0:
         return None
-    except pa.ArrowInvalid:
-        pass
-    low, high = 0, len(array)
     while high - low > 1:
         middle = (low + high) // 2
-        try:
-            cast(array.slice(low, middle - low))
-            low = middle
-        except pa.ArrowInvalid:
-            high = middle
+        low, high = (low, middle) if _fails(array.slice(low, middle - low), cast) else (middle, high)
     return low
+
+
+def _fails(array: pa.Array, cast: Callable[[pa.Array], object]) -> bool:
+    try:
+        cast(array)
+    except pa.ArrowInvalid:
+        return True
+    return False
 
 
 def times(block: RawBlock, name: str, array: pa.Array | None = None, lists: Lists | None = None) -> Floats:

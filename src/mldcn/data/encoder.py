@@ -283,6 +283,10 @@ class Fitter:
         numerics = {name: fitter.finish() for name, fitter in self._numerics.items()}
         return Encoder(self._schema, tables, numerics, boundaries)
 
+    def distinct(self, table: str) -> int | None:
+        """How many ids were seen for a table; None where it has no vocabulary to fit."""
+        return len(self._builders[table]) if table in self._builders else None
+
     def _count(self, table: str, ids: Ids, rows: NDArray[np.int64] | None = None) -> None:
         if table not in self._builders:
             return

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit, TimeSplit
+from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit
 from mldcn.data import encoder, shards, vocabulary
 from mldcn.data.encoder import Encoder, Fitter
 from mldcn.data.parsing import ParsedBlock, parse
@@ -48,6 +48,7 @@ _FILE = "prepared.json"
 
 # What is being done, rows done, bytes of the log done and in all.
 Progress = Callable[[str, int, int, int], None]
+Watch = Callable[[ParsedBlock, Parts], None]
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -84,8 +85,8 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
             holds something else.
     """
     folder = Path(folder)
-    files = _files_of(config.data)
-    key = _key(config, files)
+    passes = LogPasses(config, progress)
+    key = _key(config, passes.files)
     if folder.exists() and any(folder.iterdir()):
         found = _prepared(folder)
         # Damaged rows are encoded again, not mourned.
@@ -96,13 +97,13 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)
     try:
-        fingerprint = _Preparation(config, files, temporary, progress or (lambda *_: None)).run()
-        if _key(config, files) != key:
+        passes.write(temporary)
+        if _key(config, passes.files) != key:
             raise UserError(
                 "the log's files changed while they were read; prepare them again when they are whole"
             )
         parts = [part for part in PARTS if (temporary / part).is_dir()]
-        found = {"format": FORMAT, "key": key, "parts": parts, "fingerprint": fingerprint}
+        found = {"format": FORMAT, "key": key, "parts": parts, "fingerprint": {"files": passes.fingerprint}}
         write_text(temporary / _FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         replace_folder(temporary, folder)
     finally:
@@ -110,41 +111,50 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
     return _open(folder, found, reused=False)
 
 
-class _Preparation:
-    """The passes over one log."""
+class LogPasses:
+    """The passes over one log.
 
-    def __init__(
-        self, config: Config, files: dict[Part, list[Path]], folder: Path, progress: Progress
-    ) -> None:
+    Args:
+        config: its ``data`` and ``schema`` parts are read.
+        progress: called after each block.
+
+    Raises:
+        UserError: a file is missing.
+    """
+
+    def __init__(self, config: Config, progress: Progress | None = None) -> None:
         self._schema = config.log_schema
         self._data = config.data
-        self._files = files
-        self._folder = folder
-        self._progress = progress
-        self._fingerprint: dict[str, Any] = {}
+        self.files = _files_of(config.data)
+        self._progress = progress or (lambda *_: None)
+        self.fingerprint: dict[str, Any] = {}
 
-    def run(self) -> dict[str, Any]:
-        """Fits, encodes and writes; gives the log's fingerprint."""
-        split = self._data.split
-        rule = None if isinstance(split, FilesSplit) else self._rule(split)
-        fitted = self._fit(rule)
-        fitted.save(self._folder / "encoder")
+    def write(self, folder: Path) -> None:
+        """Fits, encodes and writes: the encoder, and a folder of rows a part."""
+        rule = self.rule(folder)
+        fitted = self.fit(rule)
+        fitted.save(folder / "encoder")
         with ExitStack() as stack:
             writers = {
-                number: stack.enter_context(ShardWriter(self._folder / part, fitted.layout))
+                number: stack.enter_context(ShardWriter(folder / part, fitted.layout))
                 for number, part in enumerate(PARTS)
-                if rule is not None or self._files[part]
+                if rule is not None or self.files[part]
             }
             for part in PARTS:
-                for block, parts in self._passed(
-                    "encode", part, rule, lambda p: fitted.assemble(self._parse(p))
-                ):
+                for block, parts in self.run("encode", part, rule, lambda p: fitted.assemble(self._parse(p))):
                     for number, writer in writers.items():
                         rows = parts == number
                         writer.write(block if rows.all() else block.select(rows))
-        return {"files": self._fingerprint}
 
-    def _rule(self, split: TimeSplit | HashSplit | ColumnSplit | OrderSplit) -> Rule:
+    def rule(self, folder: Path) -> Rule | None:
+        """What says which part a row belongs to; None where each part has files of its own.
+
+        Args:
+            folder: for a temporary file of times.
+        """
+        split = self._data.split
+        if isinstance(split, FilesSplit):
+            return None
         if isinstance(split, ColumnSplit):
             return ColumnRule(split)
         if split.valid + split.test >= 1:
@@ -159,7 +169,7 @@ class _Preparation:
             return order_rule(split, rows)
         if self._schema.time is None:
             raise UserError("data.split goes by time, but schema.time names no column; name it")
-        times = TimesOnDisk(self._folder)
+        times = TimesOnDisk(folder)
         try:
             for block in self._blocks("find times", "train", [self._schema.time]):
                 times.add(row_times(block, self._schema.time))
@@ -167,13 +177,22 @@ class _Preparation:
         finally:
             times.close()
 
-    def _fit(self, rule: Rule | None) -> Encoder:
-        fitter = Fitter(self._schema)
+    def fit(self, rule: Rule | None, fitter: Fitter | None = None, watch: Watch | None = None) -> Encoder:
+        """Fits on the training rows.
+
+        Args:
+            rule: what :meth:`rule` gave.
+            fitter: what to fit; a new one by default.
+            watch: shown every block that is read, and the part of each of its rows.
+        """
+        fitter = fitter or Fitter(self._schema)
         counts = np.zeros(LEFT_OUT + 1, np.int64)
-        for parsed, parts in self._passed("fit", "train", rule, self._parse):
+        for parsed, parts in self.run("fit", "train", rule, self._parse):
             counts += np.bincount(parts, minlength=len(counts))
             train = parts == TRAIN
             fitter.update(parsed, None if train.all() else np.flatnonzero(train))
+            if watch is not None:
+                watch(parsed, parts)
         for number, part in enumerate(PARTS):
             if rule is not None and not counts[number]:
                 raise UserError(f"data.split leaves no {part} rows, of {counts.sum()}: {rule.remedy(part)}")
@@ -182,7 +201,7 @@ class _Preparation:
     def _parse(self, block: RawBlock) -> ParsedBlock:
         return parse(self._schema, block)
 
-    def _passed(
+    def run(
         self, stage: str, part: Part, rule: Rule | None, work: Callable[[RawBlock], Out]
     ) -> Iterator[tuple[Out, Parts]]:
         """What ``work`` makes of each block, done by threads, in order; and the part of each of its rows."""
@@ -198,10 +217,10 @@ class _Preparation:
         return ordered_map(lambda job: (work(job[0]), job[1]), jobs())
 
     def _blocks(self, stage: str, part: Part, columns: list[str]) -> Iterator[RawBlock]:
-        if not self._files[part]:
+        if not self.files[part]:
             return
         last = stage == "encode"
-        reader = LogReader(self._files[part], self._data, digests=last)
+        reader = LogReader(self.files[part], self._data, digests=last)
         rows = 0
         for block in reader.blocks(list(dict.fromkeys(columns))):
             yield block
@@ -209,7 +228,7 @@ class _Preparation:
             self._progress(stage, rows, reader.bytes_done, reader.bytes_total)
         if last:
             for path, size in zip(reader.files, reader.sizes, strict=True):
-                self._fingerprint[str(path)] = {"bytes": size, "blake2b": reader.digests[str(path)]}
+                self.fingerprint[str(path)] = {"bytes": size, "blake2b": reader.digests[str(path)]}
 
 
 def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int | None = None) -> Iterator[Out]:

@@ -137,6 +137,10 @@ class VocabularyBuilder:
         self._new_size = 0
         self._reindex()
 
+    def __len__(self) -> int:
+        self._merge()
+        return len(self._keys)
+
     def update(self, keys: Keys, texts: pa.Array, at: NDArray[np.int64] | None = None) -> None:
         """Counts some ids; missing ones are left out.
 

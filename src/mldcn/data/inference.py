@@ -1,0 +1,350 @@
+"""Guesses a schema from the head of a log, for ``mldcn init``: a start to edit, with its reasons beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+from numpy.typing import NDArray
+
+from mldcn.config import DataConfig, ModelConfig, TrainingConfig
+from mldcn.data import cells
+from mldcn.data.profile import LABEL, OUTCOME, USER, ColumnFacts, Look, as_truth, judge, look_at
+from mldcn.data.reading import LogReader, RawBlock
+from mldcn.errors import UserError
+from mldcn.schema import Strict
+
+SAMPLE_ROWS = 100_000
+# Ids seen once teach nothing, and where there are this many, they are most of the table.
+_MANY_IDS = 10_000
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none"}
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """A guessed schema.
+
+    labels: the chosen task. at_least: the threshold that makes it binary. alternatives: other columns that
+    could be tasks. user: also a feature.
+    """
+
+    columns: tuple[ColumnFacts, ...]
+    label: str
+    at_least: float | None
+    alternatives: tuple[str, ...]
+    rows: int
+    time: str | None
+    request: str | None
+    user: str | None
+    position: str | None
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @property
+    def leaks(self) -> tuple[ColumnFacts, ...]:
+        """The columns taken for leaks, each with its reason."""
+        return tuple(column for column in self.columns if column.role == "leak")
+
+
+def infer(
+    log: Sequence[str | Path] | pa.Table,
+    data: DataConfig | None = None,
+    *,
+    label: str | None = None,
+    rows: int = SAMPLE_ROWS,
+) -> Inferred:
+    """Guesses what the columns of a log mean, from its first rows.
+
+    Args:
+        log: files, or an Arrow table.
+        data: the log's format.
+        label: the column to predict; guessed by default.
+        rows: how many rows to look at.
+
+    Raises:
+        UserError: the log cannot be read, its first line is no header, or no column looks like a label.
+    """
+    data = data or DataConfig()
+    block = _head(log, data, rows)
+    names = block.table.column_names
+    looks = {name: look_at(block, name) for name in names}
+    binary = [name for name in names if as_truth(looks[name]) is not None]
+    chosen, at_least = _choose_label(block, label, binary, looks)
+    target = _target(looks[chosen], at_least)
+    columns = [judge(looks[name], chosen, binary, target) for name in names]
+    columns = _shared(_paired(_one_each(columns), looks), looks)
+    roles = {column.role: column.name for column in reversed(columns)}
+    user = next((c.name for c in columns if c.role == "feature" and USER.search(c.name)), None)
+    return Inferred(
+        columns=tuple(columns),
+        label=chosen,
+        at_least=at_least,
+        alternatives=tuple(c.name for c in columns if c.role == "outcome"),
+        rows=len(block),
+        time=roles.get("time"),
+        request=roles.get("request"),
+        user=user,
+        position=roles.get("position"),
+        data=data,
+    )
+
+
+def _head(log: Sequence[str | Path] | pa.Table, data: DataConfig, rows: int) -> RawBlock:
+    if isinstance(log, pa.Table):
+        if not log.num_rows:
+            raise UserError("table: holds no rows")
+        return RawBlock(log.slice(0, rows).combine_chunks(), "table", 1)
+    reader = LogReader(log, data.model_copy(update={"block_rows": rows}))
+    names = reader.names(reader.files[0], reader.formats[0])
+    if data.header and reader.formats[0] != "parquet" and any(not name or _is_number(name) for name in names):
+        raise UserError(
+            f"{reader.files[0]}: its first line looks like a row, not a header ({', '.join(names[:5])} ...); "
+            "set data.header to false and data.column_names to the columns' names"
+        )
+    return next(reader.blocks(()))
+
+
+def _choose_label(
+    block: RawBlock, label: str | None, binary: list[str], looks: dict[str, Look]
+) -> tuple[str, float | None]:
+    if label is not None:
+        if label not in looks:
+            raise UserError(f"{block.file}: has no column {label!r}; it has {', '.join(looks)}")
+        if label in binary:
+            return label, None
+        return label, _threshold(block, looks[label])
+    named = [name for name in binary if re.fullmatch(LABEL, name, re.IGNORECASE)]
+    if named:
+        return named[0], None
+    ratings = [name for name, look in looks.items() if re.search(r"rating|stars|score", name, re.IGNORECASE)]
+    ratings = [name for name in ratings if looks[name].numbers is not None and 2 < looks[name].distinct <= 11]
+    if ratings:
+        return ratings[0], _threshold(block, looks[ratings[0]])
+    outcomes = [name for name in binary if OUTCOME.search(name)] or binary
+    if outcomes:
+        return outcomes[0], None
+    raise UserError(
+        f"{block.file}: no column of zeros and ones, so none looks like a label; name the column to predict "
+        f"(it has {', '.join(looks)})"
+    )
+
+
+def _threshold(block: RawBlock, look: Look) -> float:
+    """The upper part of a rating counts as positive."""
+    values = look.numbers
+    if values is None or not (~np.isnan(values)).any() or look.distinct < 2:
+        raise UserError(f"{block.file}: column {look.name!r} holds no two numbers, so it makes no label")
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    return float(np.ceil(low + 0.7 * (high - low)))
+
+
+def _target(look: Look, at_least: float | None) -> NDArray[np.float64]:
+    if at_least is None:
+        truth = as_truth(look)
+        if truth is not None:
+            return truth
+    assert look.numbers is not None
+    return np.where(np.isnan(look.numbers), np.nan, look.numbers >= (at_least or 0.5))
+
+
+def _paired(columns: list[ColumnFacts], looks: dict[str, Look]) -> list[ColumnFacts]:
+    """Gives sequences the parallel columns that hold their elements' times and actions."""
+    result = {column.name: column for column in columns}
+    for sequence in [column for column in columns if column.kind == "sequence" and column.role == "feature"]:
+        own = looks[sequence.name].lists
+        for other in [c for c in columns if c.name != sequence.name and c.role in ("feature", "leak")]:
+            theirs = looks[other.name].lists
+            if own is None or theirs is None or not np.array_equal(own.lengths, theirs.lengths):
+                continue
+            facts = result[sequence.name]
+            if facts.times is None and re.search(r"time|_ts|stamp|date", other.name, re.IGNORECASE):
+                result[sequence.name] = replace(facts, times=other.name)
+            elif facts.actions is None and re.search(r"action|event|type", other.name, re.IGNORECASE):
+                result[sequence.name] = replace(facts, actions=other.name)
+            else:
+                continue
+            result[other.name] = replace(other, role="left out", reason=f"goes with {sequence.name}")
+    return list(result.values())
+
+
+def _one_each(columns: list[ColumnFacts]) -> list[ColumnFacts]:
+    """The first column of each of these roles keeps it."""
+    seen: set[str] = set()
+    result = []
+    for column in columns:
+        if column.role in ("time", "request", "position"):
+            if column.role in seen:
+                column = replace(column, role="left out", reason=f"another {column.role}")
+            seen.add(column.role)
+        result.append(column)
+    return result
+
+
+def _shared(columns: list[ColumnFacts], looks: dict[str, Look]) -> list[ColumnFacts]:
+    """Lets a sequence share the table of the item feature whose ids it holds."""
+    items = [c for c in columns if c.role == "feature" and c.kind == "categorical" and c.source == "item"]
+    result = []
+    for column in columns:
+        lists = looks[column.name].lists
+        if column.kind == "sequence" and column.role == "feature" and lists is not None and items:
+            ids = pc.unique(cells.texts(lists.flat))
+            found = {item.name: pc.sum(pc.is_in(ids, looks[item.name].texts)).as_py() or 0 for item in items}
+            best = max(found, key=lambda name: found[name])
+            if found[best] >= len(ids) / 2 and len(ids):
+                column = replace(column, share=best)
+        result.append(column)
+    return result
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def to_yaml(inferred: Inferred, log: str | Path | Sequence[str | Path]) -> str:
+    """A config to edit: data and schema with the reasons for each guess, model and training as comments.
+
+    Raises:
+        UserError: no column is left for a feature.
+    """
+    features = [column for column in inferred.columns if column.role == "feature"]
+    if not features:
+        raise UserError(
+            "no column of the log is left for a feature; every one is a label, a key or a likely leak"
+        )
+    files = [log] if isinstance(log, str | Path) else list(log)
+    return "\n".join(
+        [
+            f"# Guessed from the first {inferred.rows:,} rows. Read it, correct it; then: mldcn fit",
+            "",
+            *_data_lines(inferred, [str(file) for file in files]),
+            "",
+            "schema:",
+            "  # kind: numeric, bucketised, categorical, multi, embedding or sequence.",
+            "  # source: user, item, user_item or context. Serving computes user features once a request.",
+            "  features:",
+            *(_feature_line(column, inferred) for column in features),
+            *_left_out_lines(inferred),
+            *_label_lines(inferred),
+            *(
+                f"  {key}: {_quoted(name)}"
+                for key, name in (
+                    ("request", inferred.request),
+                    ("user", inferred.user),
+                    ("time", inferred.time),
+                    ("position", inferred.position),
+                )
+                if name is not None
+            ),
+            "  # weight: column_of_sample_weights",
+            "  # negative_sampling_rate: 0.1  # the share of the negatives that the log kept",
+            "",
+            *_defaults("model", ModelConfig()),
+            "",
+            *_defaults("training", TrainingConfig()),
+            "",
+        ]
+    )
+
+
+def _data_lines(inferred: Inferred, files: list[str]) -> list[str]:
+    data = inferred.data
+    lines = ["data:", "  train:", *(f"    - {json.dumps(file, ensure_ascii=False)}" for file in files)]
+    if data.format != "auto":
+        lines.append(f"  format: {data.format}")
+    if not data.header:
+        names = json.dumps(list(data.column_names), ensure_ascii=False)
+        lines += ["  header: false", f"  column_names: {names}"]
+    if data.missing != ("",):
+        lines.append(f"  missing: {json.dumps(list(data.missing), ensure_ascii=False)}")
+    if inferred.time is not None:
+        lines.append("  split: {kind: time, valid: 0.1, test: 0.1}  # the newest rows are for testing")
+    else:
+        lines.append(
+            "  split: {kind: hash, valid: 0.1, test: 0.1}  # random; order and files are other kinds"
+        )
+    return lines
+
+
+def _feature_line(column: ColumnFacts, inferred: Inferred) -> str:
+    parts = [f"kind: {column.kind}", f"name: {_quoted(column.name)}", f"source: {column.source}"]
+    if column.kind == "numeric":
+        if column.transform != "identity":
+            parts.append(f"transform: {column.transform}")
+        if column.missing > 0.01:
+            parts.append("missing_indicator: true")
+    elif column.kind == "embedding":
+        parts.append(f"width: {column.width}")
+    elif column.share is not None:
+        parts.append(f"share: {_quoted(column.share)}")
+    elif column.distinct > _MANY_IDS:
+        parts.append("encoding: {kind: vocabulary, min_count: 2}")
+    if column.delimiter is not None:
+        parts.append(f"delimiter: {json.dumps(column.delimiter)}")
+    if column.kind in ("multi", "sequence"):
+        parts.append(f"max_length: {min(max(column.longest, 1), 64)}")
+    if column.actions is not None:
+        parts.append(f"actions: {_quoted(column.actions)}")
+    if column.times is not None and inferred.time is not None:
+        parts.append(f"times: {_quoted(column.times)}")
+    return f"    - {{{', '.join(parts)}}}  # {_facts(column)}"
+
+
+def _left_out_lines(inferred: Inferred) -> list[str]:
+    lines: list[str] = []
+    if inferred.leaks:
+        lines.append(
+            "    # These look like leaks: known only after the label. Use one only if you know better."
+        )
+        for column in inferred.leaks:
+            lines.append(f"    # {_feature_line(column, inferred).strip()}")
+            lines.append(f"    #   leak? {column.reason}")
+    left = [column for column in inferred.columns if column.role == "left out"]
+    lines += [f"    # left out: {_one_line(column.name)}: {column.reason}" for column in left]
+    return lines
+
+
+def _label_lines(inferred: Inferred) -> list[str]:
+    threshold = "" if inferred.at_least is None else f", at_least: {inferred.at_least:g}"
+    lines = ["  labels:", f"    - {{name: {_quoted(inferred.label)}{threshold}}}"]
+    if inferred.alternatives:
+        lines.append("    # Other outcomes; each can be a task of its own:")
+        lines += [f"    # - {{name: {_quoted(name)}, weight: 1.0}}" for name in inferred.alternatives]
+    return lines
+
+
+def _facts(column: ColumnFacts) -> str:
+    facts = ["vectors" if column.kind == "embedding" else f"{column.distinct:,} distinct"]
+    if column.missing:
+        facts.append(f"{column.missing:.1%} missing")
+    if column.examples:
+        facts.append("e.g. " + ", ".join(_one_line(example) for example in column.examples))
+    return "; ".join(facts)
+
+
+def _defaults(name: str, defaults: Strict) -> list[str]:
+    text = yaml.safe_dump({name: defaults.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
+    return [
+        f"# The defaults of {name}; take off the marks to change them.",
+        *(f"# {x}" for x in text.splitlines()),
+    ]
+
+
+def _quoted(name: str) -> str:
+    plain = _PLAIN.fullmatch(name) and name.lower() not in _YAML_WORDS
+    return name if plain else json.dumps(name, ensure_ascii=False)
+
+
+def _one_line(text: str) -> str:
+    """A text that cannot end its comment."""
+    return "".join(c if c.isprintable() else "?" for c in text)
