@@ -12,7 +12,9 @@ def pinads_config(folder: str | Path, *, format: str = "parquet") -> dict[str, A
     """The config of a log that ``write_log(folder, ...)`` wrote, as plain data for ``mldcn.config``.
 
     ``dwell_seconds`` is left out: it is known only after the click. ``price`` and the counters are known
-    before the impression. The split is by time, 8:1:1.
+    before the impression. ``user_id`` names the user for metrics but is no feature: at some tens of
+    impressions a user an id is memorised, not learned (users are described by their features and history,
+    as in the paper's list of features). The split is by time, 8:1:1.
     """
     return {
         "data": {
@@ -52,7 +54,6 @@ def _vector(name: str, source: str) -> dict[str, Any]:
 
 def _user() -> list[dict[str, Any]]:
     return [
-        _category("user_id", "user", min_count=5),
         _category("age_group", "user"),
         _category("gender", "user"),
         _category("country", "user"),

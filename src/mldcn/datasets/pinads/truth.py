@@ -62,6 +62,7 @@ from mldcn.datasets.pinads.world import (
     PinadsConfig,
     Singles,
     Users,
+    dot,
     draw_items,
     draw_users,
     pick,
@@ -71,9 +72,9 @@ from mldcn.datasets.pinads.world import (
 # Deviation of each term in logits. The three kinds of truth have about the same total deviation (1.65), so
 # that their Bayes AUC is alike and only the shape of the function differs.
 WEIGHTS = {
-    "mixed": {"main": 0.5, "identity": 0.2, "match": 0.6, "pairs": 0.4, "cross": 0.9, "gated": 0.95},
-    "low_order": {"main": 0.9, "identity": 0.2, "match": 1.1, "pairs": 0.8},
-    "dense": {"main": 0.3, "identity": 0.2, "dense": 1.6},
+    "mixed": {"main": 0.4, "identity": 0.15, "match": 0.5, "pairs": 0.4, "cross": 0.7, "gated": 1.25},
+    "low_order": {"main": 0.9, "identity": 0.15, "match": 1.1, "pairs": 0.8},
+    "dense": {"main": 0.3, "identity": 0.15, "dense": 1.6},
 }
 TERMS = ("main", "identity", "match", "pairs", "cross", "gated", "dense")
 
@@ -86,7 +87,7 @@ GATED_SHARPNESS = 0.8
 GATE_SCALE = 3.0  # deviation of the gate's logits
 HIDDEN = 32
 TASK_SHARE = 0.3  # share of a loading's variance that is a task's own; the rest is common to all tasks
-TRAFFIC = 40_000  # impressions drawn to standardise the terms
+TRAFFIC = 20_000  # impressions drawn to standardise the terms
 
 USER_FIELDS = ("age", "gender", "country", "tenure", "user_taste")
 ITEM_FIELDS = ("category", "format", "advertiser", "price", "pin_taste")
@@ -250,19 +251,19 @@ class World:
         elif term == "identity":
             raw = self._user_bias[users] + self.items.quality[items][:, None]
         elif term == "match":
-            raw = (self.users.taste[users] * self.items.taste[items]) @ self._match
+            raw = dot(self.users.taste[users] * self.items.taste[items], self._match)
         elif term == "pairs":
-            raw = self._pairs(*at) @ self._pair_loadings
+            raw = dot(self._pairs(*at), self._pair_loadings)
         elif term == "cross":
-            raw = (self._crosses(*at) - self._cross_mean) / self._cross_deviation @ self._cross_loadings
+            raw = dot((self._crosses(*at) - self._cross_mean) / self._cross_deviation, self._cross_loadings)
         elif term == "gated":
             gate = np.exp(GATE_SCALE * self._gate(*at))
             gate /= gate.sum(axis=1, keepdims=True)
             products = self._gated(*at) * np.repeat(gate, len(GATED_ORDERS), axis=1)
-            raw = products @ self._gated_loadings
+            raw = dot(products, self._gated_loadings)
         else:
             hidden = np.tanh(1.5 * self._hidden(*at))
-            raw = np.tanh(hidden @ self._second) @ self._dense_loadings
+            raw = dot(np.tanh(dot(hidden, self._second)), self._dense_loadings)
         return np.asarray(raw, dtype=np.float64)
 
     def _standardise(self) -> None:
@@ -327,7 +328,7 @@ class World:
             inputs = (inputs - inputs.mean(axis=0)) / (inputs.std(axis=0) + 1e-12)
             direction = rng.standard_normal((inputs.shape[1], width))
             direction /= np.sqrt((direction**2).sum(axis=0))
-            return np.asarray(np.tanh(1.5 * inputs @ direction + 0.5 * rng.standard_normal(width)))
+            return np.asarray(np.tanh(1.5 * dot(inputs, direction) + 0.5 * rng.standard_normal(width)))
 
         return [
             _unit(table(len(AGE_GROUPS))[users.age], by_user),
@@ -343,7 +344,7 @@ class World:
             _unit(table(len(SURFACES)), np.array(SURFACE_SHARES)),
             _unit(table(len(DEVICES)), np.array(DEVICE_SHARES)),
             # A value for each hour, changing slowly: the first two harmonics of the day.
-            _unit(_harmonics() @ rng.standard_normal((4, width)), np.ones(24)),
+            _unit(dot(_harmonics(), rng.standard_normal((4, width))), np.ones(24)),
             _unit(table(7), np.ones(7)),
         ]
 
@@ -356,8 +357,8 @@ def _harmonics() -> Floats:
 def _unit(values: Floats, weight: Floats) -> Floats:
     """Mean 0 and deviation 1 in each column under these weights."""
     share = weight / weight.sum()
-    centred = values - share @ values
-    return np.asarray(centred / np.sqrt(share @ centred**2 + 1e-12), dtype=np.float64)
+    centred = values - (share[:, None] * values).sum(axis=0)
+    return np.asarray(centred / np.sqrt((share[:, None] * centred**2).sum(axis=0) + 1e-12), dtype=np.float64)
 
 
 def _loadings(rng: np.random.Generator, width: int) -> Floats:
@@ -370,7 +371,7 @@ def _loadings(rng: np.random.Generator, width: int) -> Floats:
 def _rates(logit: Floats, weight: Floats, target: Floats) -> Floats:
     """The bias of each column that makes its weighted mean probability the target (bisection)."""
     low, high = np.full(logit.shape[1], -30.0), np.full(logit.shape[1], 30.0)
-    for _ in range(60):
+    for _ in range(45):
         middle = (low + high) / 2
         mean = (weight / (1.0 + np.exp(-(logit + middle)))).sum(axis=0) / weight.sum(axis=0)
         low, high = np.where(mean < target, middle, low), np.where(mean < target, high, middle)

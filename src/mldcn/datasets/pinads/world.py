@@ -61,8 +61,8 @@ class PinadsConfig(Strict):
 
     seed: int = Field(0, ge=0)
     num_users: int = Field(10_000, ge=10)
-    num_items: int = Field(4_000, ge=20)
-    num_advertisers: int = Field(200, ge=2)
+    num_items: int = Field(1_500, ge=20)
+    num_advertisers: int = Field(80, ge=2)
     user_zipf: float = Field(0.7, ge=0, description="exponent of the users' activity by rank")
     item_zipf: float = Field(0.9, ge=0, description="exponent of the pins' popularity by rank")
     new_items: float = Field(0.4, ge=0, lt=1, description="share of the pins that arrive while the log runs")
@@ -167,6 +167,11 @@ def pick(rng: np.random.Generator, shares: npt.ArrayLike, size: int) -> Ints:
     return np.asarray(np.minimum(found, len(upper) - 1), dtype=np.int64)
 
 
+def dot(left: Floats, right: Floats) -> Floats:
+    """The matrix product, summed in an order of its own: BLAS's depends on threads and on the number of rows."""
+    return np.asarray(np.einsum("nj,jt->nt", left, right), dtype=np.float64)
+
+
 def zipf(size: int, exponent: float) -> Floats:
     """Probabilities proportional to ``rank ** -exponent``."""
     weight = np.arange(1, size + 1, dtype=np.float64) ** -exponent
@@ -193,7 +198,7 @@ def draw_users(config: PinadsConfig) -> Users:
     # Activity is Zipf by rank, and ranks are dealt at random: a low id says nothing.
     activity = zipf(n, config.user_zipf)[rng.permutation(n)]
     sessions = np.minimum(200, 1 + (activity * n * 8 * np.exp(0.3 * rng.standard_normal(n)))).astype(np.int64)
-    offered = np.exp(0.6 * taste @ categories.T)
+    offered = np.exp(0.6 * dot(taste, categories.T))
     return Users(
         age=age,
         gender=gender,
@@ -247,14 +252,14 @@ def _image(rng: np.random.Generator, taste: Floats) -> Singles:
     """What an upstream encoder would say of a taste: a random linear map of it, with noise."""
     mixing = rng.standard_normal((TASTE, EMBEDDING)) / np.sqrt(TASTE)
     noise = EMBEDDING_NOISE * rng.standard_normal((len(taste), EMBEDDING))
-    return np.asarray(taste @ mixing + noise, dtype=np.float32)
+    return np.asarray(dot(taste, mixing) + noise, dtype=np.float32)
 
 
 def _choose_topics(
     rng: np.random.Generator, taste: Floats, topics: Floats, most: int
 ) -> npt.NDArray[np.bool_]:
     """One to ``most`` topics each, the best matches under Gumbel noise (a sample without replacement)."""
-    match = taste @ topics.T / np.sqrt(TASTE) * 1.5
+    match = dot(taste, topics.T) / np.sqrt(TASTE) * 1.5
     noisy = match - np.log(-np.log(rng.random(match.shape)))
     ranks = np.argsort(np.argsort(-noisy, axis=1, kind="stable"), axis=1, kind="stable")
     count = 1 + np.floor(rng.random(len(taste)) * most).astype(np.int64)
