@@ -26,8 +26,8 @@ ROOMS = [
     "training",
     "study",
     "workflow",
-    "estimator",
     "console",
+    "estimator",
     "demo",
     "cli",
 ]

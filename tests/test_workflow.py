@@ -20,7 +20,7 @@ ROWS = 6000
 def make_log(rows=ROWS, seed=0):
     rng = np.random.default_rng(seed)
     user, ad, price = rng.integers(0, 40, rows), rng.integers(0, 30, rows), rng.exponential(5, rows)
-    logit = 1.5 * ((user % 3) == (ad % 3)) - 1.5 + 0.2 * np.log1p(price)
+    logit = 3.0 * ((user % 3) == (ad % 3)) - 2.5 + 0.2 * np.log1p(price)
     click = rng.random(rows) < 1 / (1 + np.exp(-logit))
     return pl.DataFrame(
         {
@@ -51,10 +51,10 @@ def work(tmp_path_factory):
         },
         "model": {
             "embedding": {"dim": 4},
-            "interaction": {"rank": 4, "num_layers": 2},
+            "interaction": {"rank": 4, "num_layers": 2, "dropout": 0.0},
             "deep": {"hidden": [8]},
         },
-        "training": {"epochs": 3, "batch_size": 64, "threads": 1, "optimiser": {"lr": 0.01}},
+        "training": {"epochs": 5, "batch_size": 64, "threads": 1, "optimiser": {"lr": 0.02}},
     }
     (folder / "mldcn.yaml").write_text(yaml.safe_dump(config))
     run("fit", folder / "mldcn.yaml", "--out", folder / "runs" / "a")
@@ -73,7 +73,7 @@ def run(*arguments):
 def test_fit_learns_and_leaves_a_whole_run(work):
     run_folder = RunFolder.open(work / "runs" / "a")
     metrics = run_folder.read_json("metrics.json")
-    assert metrics["test"]["click"]["auc"] > 0.6
+    assert metrics["test"]["click"]["auc"] > 0.75
     assert {"logloss", "ne", "rig", "calibration", "ece", "pr_auc", "gauc"} <= metrics["valid"][
         "click"
     ].keys()
@@ -239,7 +239,7 @@ def test_a_damaged_run_is_refused(work):
 
 def test_history_has_a_line_an_evaluation(work):
     lines = [json.loads(line) for line in (work / "runs" / "a" / "history.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def main() -> None:
         app()
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    except KeyboardInterrupt as interrupt:
+        fail(str(interrupt) or "interrupted", code=130)
 
 
 def fail(message: str, code: int = 1) -> None:
@@ -88,8 +88,8 @@ def init(
         raise UserError(f"{out}: exists already; name another file with --out, or replace it with --force")
     inferred = infer([str(path) for path in log], label=label)
     write_text(out, to_yaml(inferred, [str(path) for path in log]))
-    for warning in inferred.warnings:
-        err.print(f"warning: {warning}", markup=False)
+    for leak in inferred.leaks:
+        err.print(f"warning: {leak.name} looks like a leak and is left out: {leak.reason}", markup=False)
     screen.print(
         f"wrote {out}: read it, mend what was guessed wrong, then run\n"
         f"  mldcn describe {out}\n  mldcn fit {out}",
@@ -104,14 +104,15 @@ def describe(config: ConfigFile, settings: Settings = []) -> None:  # noqa: B006
     Example: mldcn describe mldcn.yaml
     """
     from mldcn.config import load_config
-    from mldcn.console import EncodingProgress, table
+    from mldcn.console import EncodingProgress, description_tables
     from mldcn.data.describe import describe as describe_log
 
     progress = EncodingProgress()
-    description = describe_log(load_config(config, settings), progress)
-    progress.close()
-    for title, columns, rows in description.tables():
-        table(title, columns, rows)
+    try:
+        description = describe_log(load_config(config, settings), progress)
+    finally:
+        progress.close()
+    description_tables(description)
 
 
 @app.command()
@@ -186,8 +187,10 @@ def evaluate(
         metrics_table(str(run), folder.read_json("metrics.json"))
         return
     progress = EncodingProgress()
-    evaluation = workflow.evaluate_log(folder, [str(path) for path in log], progress)
-    progress.close()
+    try:
+        evaluation = workflow.evaluate_log(folder, [str(path) for path in log], progress)
+    finally:
+        progress.close()
     metrics_table(str(run), {"log": evaluation.metrics})
 
 

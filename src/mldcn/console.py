@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mldcn.data.describe import Description
 from mldcn.training.observers import Metrics, Observer
 from mldcn.training.observers import Progress as Step
 
@@ -50,6 +51,33 @@ def metrics_table(title: str, metrics: Mapping[str, Metrics]) -> None:
         for task, values in of_tasks.items()
     ]
     table(title, ["split", "task", *names], rows, left=2)
+
+
+def description_tables(description: Description) -> None:
+    """Prints what a schema makes of a log: its features, numbers and labels."""
+    rows = []
+    for f in description.features:
+        top = ", ".join(f"{value} ({count:,})" for value, count in f.top)
+        if f.numbers is not None:
+            n = f.numbers
+            low, middle, high = n.quantiles[0], n.quantiles[len(n.quantiles) // 2], n.quantiles[-1]
+            top = f"min {n.minimum:.4g}, 1 % {low:.4g}, median {middle:.4g}, 99 % {high:.4g}, max {n.maximum:.4g}"
+        shares = [share(f.coverage), f.distinct, f.table_rows, share(f.oov_train), share(f.oov_held_out)]
+        rows.append([f.name, f.kind, f.source, *shares, top])
+    columns = ["feature", "kind", "source", "coverage", "distinct", "table rows", "OOV train", "OOV held out"]
+    counts = ", ".join(f"{part} {count:,}" for part, count in description.rows.items())
+    table(f"rows: {counts}", [*columns, "most frequent, or range"], rows, left=3)
+    labels = [
+        [label.name, part, label.known[part], share(label.rate[part])]
+        for label in description.labels
+        for part in label.known
+    ]
+    table("labels", ["task", "part", "rows with the label", "positive"], labels, left=2)
+
+
+def share(value: float | None) -> str:
+    """A share in percent; a dash where it is not known."""
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 class EncodingProgress:

@@ -12,7 +12,7 @@ from mldcn.config import Config, ModelConfig, parse
 from mldcn.console import EncodingProgress, FitProgress, err, number, out, table
 from mldcn.cost.budget import match_flops, scorer_flops
 from mldcn.data.prepare import prepare
-from mldcn.datasets.pinads import pinads_config, write_log
+from mldcn.datasets.pinads import PinadsConfig, pinads_config, write_log
 from mldcn.embedding import Embedder
 from mldcn.errors import UserError
 from mldcn.metrics import Difference
@@ -54,7 +54,7 @@ def run_demo(folder: Path, rows: int, seed: int) -> None:
     started = time.perf_counter()
     log = folder / "log"
     err.print(f"generating {rows:,} ad impressions in {log}")
-    write_log(log, rows, seed=seed)
+    write_log(log, rows, PinadsConfig(seed=seed))
     truth = json.loads((log / "truth.json").read_text(encoding="utf-8"))
     base = demo_config(log, seed)
     check(base)

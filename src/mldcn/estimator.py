@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import yaml
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 
@@ -156,10 +157,10 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, table: pa.Table, log: Path, labels_given: bool) -> Config:
         if self.schema is None:
-            from mldcn.data.inference import infer
+            from mldcn.data.inference import infer, to_yaml
 
             label = self.label or ("label" if labels_given else None)
-            schema: Any = infer(table, label=label).schema
+            schema: Any = yaml.safe_load(to_yaml(infer(table, label=label), log))["schema"]
         else:
             schema = self.schema
         if isinstance(schema, Schema):

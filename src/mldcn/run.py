@@ -120,7 +120,10 @@ class RunFolder:
         """
         if not (self.path / VERSIONED).is_file():
             raise UserError(f"{self.path}: is no run's folder ({VERSIONED} is missing)")
-        return self.read_json(VERSIONED)
+        info = self.read_json(VERSIONED)
+        if not isinstance(info, dict):
+            raise UserError(f"{self.path / VERSIONED}: damaged, expected a mapping")
+        return info
 
     def write_info(self, info: dict[str, Any]) -> None:
         """Writes ``run.json``."""

@@ -61,9 +61,9 @@ class TableFeature(FeatureBase):
 class Numeric(FeatureBase):
     """A number, fed to the model as one column (two with ``missing_indicator``).
 
-    transform: ``identity``: x. ``log``: log(x + offset), values at or below -offset count as missing-low and
-    are clipped to the smallest training value's log. ``signed_log``: sign(x) log(1 + abs(x)).
-    ``quantile``: the empirical distribution function of the training rows, in [0, 1].
+    transform: ``identity``: x. ``log``: log(x + offset), where x is first raised to the smallest training value
+    above -offset if it is below that one. ``signed_log``: sign(x) log(1 + abs(x)).
+    ``quantile``: the empirical distribution function of the training rows, in [0, 1]; of tied values, the middle.
     With ``standardise`` the result is shifted and scaled to mean 0, deviation 1 on the training rows.
     A missing value becomes the training mean (0 when standardised).
     """
@@ -76,7 +76,7 @@ class Numeric(FeatureBase):
 
 
 class Bucketised(TableFeature):
-    """A number turned into a category.
+    """A number turned into a category. Quantile buckets have a row each, whatever ``min_count`` says.
 
     ``quantile`` buckets, given ``boundaries``, or ``log2``: floor(log(x)^2) for x > 2 and x itself below,
     as the winners of Criteo's challenge did it.

@@ -22,7 +22,7 @@ from mldcn.data.batch import Batch
 from mldcn.data.prepare import EncodedData
 from mldcn.data.shards import EncodedRows
 from mldcn.errors import UserError
-from mldcn.metrics import METRICS
+from mldcn.metrics import metric_info
 from mldcn.model import Ranker, load_weights, pick_device, save_weights
 from mldcn.run import RunFolder, write_text
 from mldcn.training.checkpoint import (
@@ -35,7 +35,7 @@ from mldcn.training.ema import WeightAverage
 from mldcn.training.evaluate import Evaluation, evaluate, fit_calibrators
 from mldcn.training.loading import prefetch
 from mldcn.training.loss import task_loss
-from mldcn.training.observers import MLflow, Metrics, Observer, Progress, TensorBoard
+from mldcn.training.observers import Metrics, MLflow, Observer, Progress, TensorBoard
 from mldcn.training.schedule import lr_factor
 from mldcn.training.table_optim import LazyAdam, RowWiseAdagrad, clip_grad_norm
 
@@ -80,8 +80,8 @@ def fit(
 ) -> Summary:
     """Trains a model on encoded rows and leaves a finished run in its folder.
 
-    The weights of the best validation metric are kept, not the last ones. With the same seed, data, machine and
-    number of threads, two runs end with the same weights bit for bit, and so does a run that was resumed.
+    The weights of the best validation metric are kept, not the last ones. With the same seed, data, machine
+    and number of threads, two runs end with the same weights bit for bit, and so does a run that was resumed.
 
     Args:
         config: the whole config.
@@ -113,7 +113,7 @@ class Trainer:
         self.model = Ranker(config.model, config.log_schema, data.encoder.layout).to(self.device)
         self.monitor_task, self.monitor = monitored(training.monitor, self.model.tasks)
         if training.compile:
-            self.model.score = torch.compile(self.model.score)  # type: ignore[method-assign]
+            self.model.scorer.compile()
         self.tables = self.model.embedder.tables()
         self.optimisers = build_optimisers(training.optimiser, self.model)
         self.peak_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimisers]
@@ -235,7 +235,7 @@ class Trainer:
         with self.average.applied() if self.average else contextlib.nullcontext():
             metrics = self._evaluate(self.data.valid).metrics
             value = metrics[self.monitor_task][self.monitor]
-            sign = 1.0 if METRICS[self.monitor.partition("@")[0]].higher_is_better else -1.0
+            sign = 1.0 if metric_info(self.monitor).higher_is_better else -1.0
             better = value == value and (
                 position.best is None or sign * (value - position.best) > config.min_delta
             )
@@ -258,14 +258,7 @@ class Trainer:
             save_weights(self.model, self.run.weights)
 
     def _evaluate(self, rows: EncodedRows, **options: Any) -> Evaluation:
-        return evaluate(
-            self.model,
-            rows,
-            self.config.evaluation,
-            batch_size=self.config.training.eval_batch_size,
-            device=self.device,
-            **options,
-        )
+        return evaluate(self.model, rows, self.config, device=self.device, **options)
 
     def _conclude(self) -> Summary:
         load_weights(self.model, self.run.weights)
@@ -278,9 +271,7 @@ class Trainer:
             if calibrators:
                 self.run.write_json("calibrators.json", {t: c.to_json() for t, c in calibrators.items()})
         if self.data.test is not None:
-            test = self._evaluate(
-                self.data.test, predictions=self.run.predictions, calibrators=calibrators
-            )
+            test = self._evaluate(self.data.test, predictions=self.run.predictions, calibrators=calibrators)
             metrics["test"] = test.metrics
             self.run.write_json("reliability.json", test.reliability)
         position = self.position
@@ -393,12 +384,14 @@ def monitored(monitor: str, tasks: Sequence[str]) -> tuple[str, str]:
     task = task if slash else tasks[0]
     if task not in tasks:
         raise UserError(f"training.monitor: no task {task!r}; the tasks are {', '.join(tasks)}")
-    if metric.partition("@")[0] not in METRICS:
-        raise UserError(f"training.monitor: no metric {metric!r}; known: {', '.join(METRICS)}")
+    if metric_info(metric).higher_is_better is None:
+        raise UserError(
+            f"training.monitor: {metric!r} is best at 1, neither high nor low; use logloss or ece"
+        )
     return task, metric
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop and left a checkpoint."""
 
 
