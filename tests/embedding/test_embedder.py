@@ -227,6 +227,7 @@ def test_given_vectors_are_normalised_and_projected(normalise: bool, project_to:
 
 MIXED = (
     {"name": "x", "kind": "numeric"},
+    {"name": "y", "kind": "numeric", "missing_indicator": True},
     {"name": "a"},
     {"name": "b"},
     {"name": "one"},
@@ -237,7 +238,7 @@ MIXED = (
 
 def mixed_batch(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 20, (rows, 5)), rng.normal(size=(rows, 4)).astype(np.float32)
+    return rng.integers(0, 20, (rows, 5)), rng.normal(size=(rows, 6)).astype(np.float32)
 
 
 def test_l2_sets_each_field_to_norm_one_and_leaves_numbers_and_width_one() -> None:
@@ -247,11 +248,11 @@ def test_l2_sets_each_field_to_norm_one_and_leaves_numbers_and_width_one() -> No
     ids[0, 3:] = MISSING  # an empty list: its zero vector has no direction and stays
     x0, expected = run(scaled, ids, dense), run(plain, ids, dense)
     for field in scaled.layout:
-        if field.name not in ("x", "one"):
+        if field.name not in ("x", "y", "one"):
             norm = np.linalg.norm(expected[:, field.columns], axis=1, keepdims=True)
             expected[:, field.columns] /= np.where(norm == 0, 1, norm)
     np.testing.assert_allclose(x0, expected, rtol=1e-5, atol=1e-6)
-    assert not x0[0, scaled.layout.fields[4].columns].any()
+    assert not x0[0, scaled.layout.fields[5].columns].any()
 
 
 def test_layer_norm_standardises_each_row() -> None:
@@ -370,3 +371,16 @@ def test_weights_can_be_saved_and_loaded() -> None:
     ids, dense = mixed_batch(B)
     np.testing.assert_array_equal(run(one, ids, dense), run(two, ids, dense))
     assert set(one.state_dict()) == {name for name, _ in one.named_parameters()}
+
+
+def test_mixed_precision_changes_little() -> None:
+    history = {"name": "h", "kind": "sequence", "share": "a", "max_length": 3, "target": "a"}
+    schema = make_schema({"name": "a"}, {**history, "pooling": "attention"})
+    for normalise in ("none", "l2", "layer", "batch"):
+        model = embedder(schema, normalise=normalise)
+        ids = torch.from_numpy(np.concatenate([np.arange(1, 6)[:, None], LISTS], axis=1)).int()
+        full = model(ids, torch.zeros(5, 0))
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(ids, torch.zeros(5, 0))
+        mixed.float().sum().backward()
+        torch.testing.assert_close(mixed.float(), full, rtol=0.05, atol=0.05)

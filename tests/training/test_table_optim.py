@@ -147,7 +147,8 @@ def test_a_gradient_without_rows_changes_nothing(kind: type[RowWiseAdagrad] | ty
     assert torch.equal(weight, before)
 
 
-def test_adagrad_equals_adagrad_of_width_one() -> None:
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # inside torch.optim.Adagrad
+def test_rowwise_adagrad_of_width_one_is_adagrad() -> None:
     ours, theirs = table(width=1), table(width=1)
     mine = RowWiseAdagrad([ours], lr=0.1, eps=1e-10)
     reference = torch.optim.Adagrad([theirs], lr=0.1, eps=1e-10)
