@@ -159,8 +159,11 @@ def _paired(columns: list[ColumnFacts], looks: dict[str, Look]) -> list[ColumnFa
     result = {column.name: column for column in columns}
     for sequence in [column for column in columns if column.kind == "sequence" and column.role == "feature"]:
         own = looks[sequence.name].lists
-        for other in [c for c in columns if c.name != sequence.name and c.role in ("feature", "leak")]:
+        for other in columns:
             theirs = looks[other.name].lists
+            free = other.name != sequence.name and result[other.name].role in ("feature", "leak")
+            if result[sequence.name].role != "feature" or not free:
+                continue
             if own is None or theirs is None or not np.array_equal(own.lengths, theirs.lengths):
                 continue
             facts = result[sequence.name]

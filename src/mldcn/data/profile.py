@@ -24,9 +24,11 @@ LABEL = r"(label|target|clicks?|clicked|is_?click(ed)?|clk|y)"
 OUTCOME = re.compile(
     r"dwell|watch_?time|play_?time|conver[ts]|purchas|checkout|revenue|payment|paid|bought|order(ed|_id)"
     r"|click_?(time|ts|timestamp|at)|post_?click|after_?click|rating|stars|review|saved?$|liked?$|is_like|repin"
-    r"|follow(ed)?$|is_follow|shared?$|comment(ed)?$|hide$|is_hate|long_?view|outbound|[a-z]_click(s|ed)?$|install(ed)?$|bounce|closeup",
+    r"|follow(ed)?$|is_follow|shared?$|comment(ed)?$|hide$|is_hate|long_?view|outbound|install(ed)?$|bounce|closeup",
     re.IGNORECASE,
 )
+# Of a column of zeros and ones; a counter of clicks is called so too.
+CLICK = re.compile(rf"^{LABEL}$|_click(ed)?$", re.IGNORECASE)
 _TIME = re.compile(r"(^|_)(time|timestamp|ts|date|datetime|hour|unixtime|created_at)($|_)", re.IGNORECASE)
 _REQUEST = re.compile(
     r"(^|_)(request|req|session|impression|query|auction|page_?view|search)(_?id)?$", re.IGNORECASE
@@ -108,7 +110,8 @@ def look_at(block: RawBlock, name: str) -> Look:
     missing = array.null_count / len(array)
     if cells.is_list(array.type):
         found = cells.lists(block, name, "|")
-        distinct = pc.count_distinct(cells.texts(found.flat)).as_py()
+        floats = pa.types.is_floating(found.flat.type)
+        distinct = len(found.flat) if floats else pc.count_distinct(cells.texts(found.flat)).as_py()
         return Look(name, array, array, None, found, None, False, distinct, missing)
     texts, numbers, is_time = cells.texts(array), None, False
     distinct = pc.count_distinct(texts, mode="only_valid").as_py()
@@ -182,7 +185,7 @@ def judge(look: Look, label: str, binary: list[str], target: NDArray[np.float64]
     )
     if look.name == label:
         return replace(facts, role="label")
-    if look.name in binary and (OUTCOME.search(look.name) or re.fullmatch(LABEL, look.name, re.IGNORECASE)):
+    if look.name in binary and any(pattern.search(look.name) for pattern in (OUTCOME, CLICK)):
         return replace(facts, role="outcome", reason="an outcome, known only after the impression")
     if look.distinct == 0:
         return replace(facts, role="left out", reason="empty in all rows looked at")
@@ -221,11 +224,10 @@ def _kind(look: Look) -> tuple[Kind, int, int]:
         if floats and len(there) and there.min() == longest and longest > 1:
             return "embedding", longest, longest
         return ("sequence" if _SEQUENCE.search(look.name) else "multi"), 0, longest
-    values = look.numbers
-    if values is None or _ID.search(look.name) or USER.search(look.name):
+    if look.numbers is None or _ID.search(look.name) or USER.search(look.name):
         return "categorical", 0, 0
-    there = values[~np.isnan(values)]
-    if bool((there != np.floor(there)).any()) or _COUNT.search(look.name):
+    numbers = look.numbers[~np.isnan(look.numbers)]
+    if bool((numbers != np.floor(numbers)).any()) or _COUNT.search(look.name):
         return "numeric", 0, 0
     # Few whole numbers: codes, hours, days of a week or month.
     return ("categorical" if look.distinct <= 31 else "numeric"), 0, 0
