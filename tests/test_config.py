@@ -34,8 +34,12 @@ def test_unknown_key_inside_a_feature_is_found_behind_the_union():
 
 
 def test_wrong_type_is_refused_not_converted():
-    assert "training.epochs: Input should be a valid integer (found '3')" in complaint(training={"epochs": "3"})
-    assert "training.amp: Input should be 'off' or 'bf16' (found 'fp16')" in complaint(training={"amp": "fp16"})
+    assert "training.epochs: Input should be a valid integer (found '3')" in complaint(
+        training={"epochs": "3"}
+    )
+    assert "training.amp: Input should be 'off' or 'bf16' (found 'fp16')" in complaint(
+        training={"amp": "fp16"}
+    )
 
 
 def test_out_of_range_is_refused():
@@ -73,7 +77,9 @@ def test_bad_overrides(tmp_path, override):
         load_config(file, [override])
 
 
-@pytest.mark.parametrize(("text", "says"), [("a: [", "not YAML"), ("- 1", "expected a mapping"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("a: [", "not YAML"), ("- 1", "expected a mapping"), (None, "cannot be read")]
+)
 def test_unreadable_files(tmp_path, text, says):
     file = tmp_path / "c.yaml"
     if text is not None:

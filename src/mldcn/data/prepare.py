@@ -129,6 +129,13 @@ class LogPasses:
         self._progress = progress or (lambda *_: None)
         self.fingerprint: dict[str, Any] = {}
 
+    def wanted(self, part: Part) -> bool:
+        """Whether the split gives a part any rows; a share of 0 leaves it out."""
+        split = self._data.split
+        if isinstance(split, FilesSplit):
+            return bool(self.files[part])
+        return part == "train" or isinstance(split, ColumnSplit) or getattr(split, part) > 0
+
     def write(self, folder: Path) -> None:
         """Fits, encodes and writes: the encoder, and a folder of rows a part."""
         rule = self.rule(folder)
@@ -138,7 +145,7 @@ class LogPasses:
             writers = {
                 number: stack.enter_context(ShardWriter(folder / part, fitted.layout))
                 for number, part in enumerate(PARTS)
-                if rule is not None or self.files[part]
+                if self.wanted(part)
             }
             for part in PARTS:
                 for block, parts in self.run("encode", part, rule, lambda p: fitted.assemble(self._parse(p))):
@@ -194,7 +201,7 @@ class LogPasses:
             if watch is not None:
                 watch(parsed, parts)
         for number, part in enumerate(PARTS):
-            if rule is not None and not counts[number]:
+            if rule is not None and not counts[number] and self.wanted(part):
                 raise UserError(f"data.split leaves no {part} rows, of {counts.sum()}: {rule.remedy(part)}")
         return fitter.finish()
 

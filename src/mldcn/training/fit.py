@@ -37,7 +37,7 @@ from mldcn.training.loading import prefetch
 from mldcn.training.loss import task_loss
 from mldcn.training.observers import Metrics, MLflow, Observer, Progress, TensorBoard
 from mldcn.training.schedule import lr_factor
-from mldcn.training.table_optim import LazyAdam, RowWiseAdagrad, clip_grad_norm
+from mldcn.training.table_optim import LazyAdam, RowWiseAdagrad, clip_grad_norm, coalesced
 
 REPORT_STEPS = 20  # the loss is read back, checked and shown this often
 
@@ -209,7 +209,7 @@ class Trainer:
     def _touched(self) -> dict[str, Tensor]:
         assert self.average is not None
         return {
-            name: table.grad.coalesce().indices()[0]
+            name: coalesced(table.grad).indices()[0]
             for name, table in self.average.tables.items()
             if table.grad is not None
         }
