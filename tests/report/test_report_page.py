@@ -206,7 +206,7 @@ TABLE = Table(
     [
         [Label("a", "rank 4"), Interval(0.74121, 0.73, 0.75), 0.2, 1.3, "x|y"],
         ["b", 0.74124, math.nan, 0.8, ""],
-        ["c", None, 0.3, float("inf"), None],
+        ["c", 0.7, 0.3, float("inf"), None],
     ],
 )
 
@@ -221,11 +221,19 @@ def test_best_numbers_are_marked_also_where_they_are_shown_alike() -> None:
     assert marked[1] == ["0.7412", "0.80"]
 
 
+def test_where_all_are_alike_none_is_best() -> None:
+    table = Table(
+        "t", [Column(name="m"), Column(name="v", format=".2f", best="max")], [["a", 0.501], ["b", 0.502]]
+    )
+    assert "<strong>" not in table.html("k")
+    assert "Bold" not in table.html("k")
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     html = TABLE.html("k")
     assert "nan" not in html.lower()
     assert "None" not in html
-    assert html.count(">–<") == 4  # NaN, None, an empty text and None
+    assert html.count(">–<") == 3  # NaN, an empty text and None
     assert ">∞<" in html
 
 
@@ -253,7 +261,7 @@ def test_csv_has_unrounded_numbers_and_a_column_for_each_end_of_an_interval() ->
         "Model,Model detail,AUC,AUC low,AUC high,Loss (nats),Ratio,Note",
         "a,rank 4,0.74121,0.73,0.75,0.2,1.3,x|y",
         "b,,0.74124,,,,0.8,",
-        "c,,,,,0.3,inf,",
+        "c,,0.7,,,0.3,inf,",
     ]
 
 

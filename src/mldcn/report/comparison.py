@@ -156,7 +156,9 @@ def quality_table(
         if name != AUC:
             columns.append((metric_column(name), _metric_of(task, name)))
     notes = (
-        [f"Small print below a number: its {percent(level)} interval."] if _any_interval(runs, task) else []
+        [f"The range given with a number is its {percent(level)} interval."]
+        if _any_interval(runs, task)
+        else []
     )
     for name, value in (attainable or {}).items():
         if name != AUC and known(value):
@@ -210,7 +212,7 @@ def comparison_plots(
         ]
         if lines := [line for line in lines if any(map(known, line.values))]:
             figure = plots.curves(lines, y_label="validation AUC", best="max")
-            caption = "The point marks a run's best evaluation, whose weights are kept."
+            caption = "The point marks a run's best evaluation on this task."
             drawn[f"curve-{files[task]}"] = (figure, f"Validation AUC{of} while training", caption)
         bins = [
             run.reliability[task].series(run.name, i) for i, run in enumerate(runs) if task in run.reliability

@@ -304,7 +304,7 @@ def _scale(axes: Any, which: str, *, number_format: str = "", log: bool = False)
         axis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(MaxNLocator(nbins=5 if which == "x" else 6, min_n_ticks=3))
+        axis.set_major_locator(MaxNLocator(nbins=5, min_n_ticks=3))
     if number_format:
         axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(value), number_format)))
     else:

@@ -176,7 +176,8 @@ class Table:
         }
         key = keys[column.best]
         shown = number(min(values.values(), key=key), column.format)
-        return {r for r, value in values.items() if number(value, column.format) == shown}
+        marked = {r for r, value in values.items() if number(value, column.format) == shown}
+        return marked if len(marked) < len(values) else set()  # where all are alike, none stands out
 
     def _notes(self) -> list[str]:
         notes = [f"{column.name}: {column.note}" for column in self.columns if column.note]
