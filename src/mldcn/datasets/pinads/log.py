@@ -8,20 +8,14 @@ of a feature store that is refreshed every so often. A pin can be shown from the
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from mldcn.datasets.pinads.bayes import BayesMeter
 from mldcn.datasets.pinads.truth import World
 from mldcn.datasets.pinads.world import (
     AGE_GROUPS,
@@ -48,7 +42,6 @@ from mldcn.errors import UserError
 
 PRIOR_STRENGTH = 20.0  # impressions that the mean rate counts for in prior_ctr
 DWELL_SCALE = 0.9  # of log dwell seconds given a click
-FORMAT_VERSION = 1
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -350,132 +343,7 @@ def batches(world: World, size: int) -> Iterator[tuple[pa.RecordBatch, Floats]]:
         yield columns.batch(impressions, history), impressions.probability
 
 
-def write_log(
-    folder: str | Path,
-    size: int,
-    config: PinadsConfig | None = None,
-    *,
-    format: Literal["parquet", "csv"] = "parquet",
-    with_truth: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Writes ``pinads.parquet`` (or ``.csv``) and ``truth.json``, what is attainable on it.
-
-    Args:
-        folder: is made where it does not exist.
-        size: number of impressions.
-        config: the world; the default one where left out.
-        format: of the log. In CSV, lists are cut at ``|``.
-        with_truth: also write ``truth.parquet``, the true probability of each task, row by row.
-        progress: is called with (impressions done, size).
-
-    Returns:
-        What ``truth.json`` says: for each task the Bayes-optimal AUC and log loss of the whole log and of its
-        newest tenth (the shipped config's test rows).
-    """
-    world = World(config or PinadsConfig())
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    newest = size - size // 10
-    meters = {"whole": BayesMeter(), "newest_tenth": BayesMeter()}
-    done = 0
-    with (
-        _Writer(folder / f"pinads.{format}") as log,
-        _Writer(folder / "truth.parquet") if with_truth else _Nothing() as truth,
-    ):
-        for batch, probability in batches(world, size):
-            log.write(batch)
-            truth.write(
-                pa.RecordBatch.from_pydict(
-                    {task: pa.array(p) for task, p in zip(TASKS, probability.T, strict=True)}
-                )
-            )
-            labels = label_matrix(batch)
-            meters["whole"].add(probability, labels)
-            late = np.arange(done, done + len(labels)) >= newest
-            if late.any():
-                meters["newest_tenth"].add(probability[late], labels[late])
-            done += batch.num_rows
-            if progress is not None:
-                progress(done, size)
-    told = {
-        "format_version": FORMAT_VERSION,
-        "size": size,
-        "config": world.config.model_dump(mode="json"),
-        "bayes": {name: meter.result() for name, meter in meters.items()},
-    }
-    part = folder / "truth.json.part"
-    part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / "truth.json")
-    return told
-
-
 def label_matrix(batch: pa.RecordBatch | pa.Table) -> Floats:
     """The labels ``(n, 4)`` of TASKS, NaN where null."""
     columns = [pc.fill_null(pc.cast(batch.column(task), pa.float64()), np.nan) for task in TASKS]
     return np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1)
-
-
-class _Nothing:
-    """Stands in for a writer where nothing is to be written."""
-
-    def __enter__(self) -> _Nothing:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Drops the batch."""
-
-
-class _Writer:
-    """Gathers batches into row groups; the file takes its name only when all of it is written."""
-
-    rows = 65_536
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._part = path.with_name(path.name + ".part")
-        self._waiting: list[pa.RecordBatch] = []
-        self._file: Any = None
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Adds rows."""
-        self._waiting.append(batch)
-        if sum(waiting.num_rows for waiting in self._waiting) >= self.rows:
-            self._flush()
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            self._flush()
-        if self._file is not None:
-            self._file.close()
-        if kind is None:
-            os.replace(self._part, self._path)
-        else:
-            self._part.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        table = pa.Table.from_batches(self._waiting)
-        self._waiting = []
-        if self._path.suffix == ".parquet":
-            if self._file is None:
-                self._file = pq.ParquetWriter(self._part, table.schema, compression="zstd")
-            self._file.write_table(table)
-            return
-        first = self._file is None
-        if first:
-            self._file = self._part.open("wb")
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
-        lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
-        text = [pl.col(name).cast(pl.List(pl.String)).list.join("|") for name in lists]
-        # An empty list is an empty cell, not a quoted empty text.
-        joined = [pl.when(column.str.len_bytes() > 0).then(column) for column in text]
-        frame.with_columns(joined).write_csv(self._file, include_header=first)
