@@ -9,7 +9,6 @@ from mldcn.datasets.pinads.log import (
     batches,
     label_matrix,
     simulate,
-    write_log,
 )
 from mldcn.datasets.pinads.shipped import pinads_config
 from mldcn.datasets.pinads.truth import World
