@@ -51,7 +51,10 @@ def test_equals_the_definition_for_every_text(texts, seed):
 
 def test_slices_hash_like_their_values():
     texts = pa.array(["x" * i for i in range(30)])
-    assert hash_texts(texts.slice(11, 7)).tolist() == hash_texts(pa.array(texts.slice(11, 7).to_pylist())).tolist()
+    assert (
+        hash_texts(texts.slice(11, 7)).tolist()
+        == hash_texts(pa.array(texts.slice(11, 7).to_pylist())).tolist()
+    )
 
 
 def test_a_million_ids_collide_nowhere_and_fill_buckets_evenly():

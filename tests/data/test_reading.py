@@ -11,8 +11,12 @@ from mldcn.errors import UserError
 
 
 def rows_of(files, data=None, columns=("a", "b"), **options):
-    blocks = list(open_log([files] if isinstance(files, Path) else files, data or DataConfig(), columns, **options))
-    return [row for block in blocks for row in zip(*(block.table[c].to_pylist() for c in columns), strict=True)]
+    blocks = list(
+        open_log([files] if isinstance(files, Path) else files, data or DataConfig(), columns, **options)
+    )
+    return [
+        row for block in blocks for row in zip(*(block.table[c].to_pylist() for c in columns), strict=True)
+    ]
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -121,7 +125,11 @@ LONG = b"a,b\n" + b"".join(b"%d,%d\n" % (i * 7919 % 10007, i * 104729 % 1299709)
 
 BAD_LOGS = {
     "too few columns": ("log.csv", b"a,b\n1,2\n3\n", r"log.csv: row 2 has 1 columns, expected 2"),
-    "too many columns": ("log.csv", b"a,b\n1,2\n3,4\n5,6,7\n", r"row 3 has 3 columns, expected 2; mend or remove"),
+    "too many columns": (
+        "log.csv",
+        b"a,b\n1,2\n3,4\n5,6,7\n",
+        r"row 3 has 3 columns, expected 2; mend or remove",
+    ),
     "another format": ("log.csv", b"a,b\n1\t2\n", r"row 1 has 1 columns, expected 2; check data.format"),
     "near name": ("log.csv", b"aa,b\n1,2\n", r"log.csv: has no column 'a'; did you mean 'aa'\?"),
     "no such column": ("log.csv", b"xyz,b\n1,2\n", r"has no column 'a'; known: b, xyz"),
@@ -130,7 +138,11 @@ BAD_LOGS = {
     "header only": ("log.csv", b"a,b\n", r"log.csv: holds no rows"),
     "bad UTF-8": ("log.csv", b"a,b\n1,2\n3,\xff\xfe\n", r"row 2, column 'b': .* is not UTF-8"),
     "bad UTF-8 header": ("log.csv", b"a,\xff\n1,2\n", r"first line is no header in UTF-8"),
-    "truncated gzip": ("log.csv.gz", gzipped(LONG, 0.6), r"log.csv.gz: the compressed file is cut short or damaged"),
+    "truncated gzip": (
+        "log.csv.gz",
+        gzipped(LONG, 0.6),
+        r"log.csv.gz: the compressed file is cut short or damaged",
+    ),
     "damaged Parquet": ("log.parquet", b"PAR1 no more", r"log.parquet: no readable Parquet file"),
     "unknown ending": ("log.txt", b"a,b\n1,2\n", r"log.txt: its ending says no format .* set data.format"),
 }
