@@ -93,7 +93,7 @@ def test_rows_on_disk_give_what_rows_in_memory_give(tmp_path, weighted, dtype, l
     memory = feed(MetricStream(["click", "save"], **OPTIONS), labels, scores, w, groups)
     with MetricStream(["click", "save"], **OPTIONS, memory_rows=3000, workdir=tmp_path / "new") as disk:
         feed(disk, labels, scores, w, groups)
-        assert len(list((tmp_path / "new").rglob("run-*.npy"))) > 10
+        assert len(list((tmp_path / "new").rglob("run-*.rows"))) > 10
         assert_same(disk.compute(), memory.compute())
         for task, curve in memory.reliability().items():
             np.testing.assert_allclose(disk.reliability()[task].weight, curve.weight, rtol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ class ExternalSort:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._runs: list[Path] = []
+        self._dtype: np.dtype[Any] | None = None
+        self._runs: list[tuple[Path, int]] = []
 
     def add(self, rows: Array) -> None:
         """Writes ``(n,)`` structured rows as one sorted run.
@@ -33,36 +35,42 @@ class ExternalSort:
         """
         if not len(rows):
             return
-        path = self._folder / f"run-{len(self._runs):05d}.npy"
+        path = self._folder / f"run-{len(self._runs):05d}.rows"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            np.save(path, rows[np.argsort(rows["key"], kind="stable")], allow_pickle=False)
+            rows[np.argsort(rows["key"], kind="stable")].tofile(path)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot keep rows to sort ({error.strerror or error}); name a workdir with room"
             ) from None
-        self._runs.append(path)
+        self._dtype = rows.dtype
+        self._runs.append((path, len(rows)))
 
     def blocks(self, rows: int) -> Iterator[Array]:
         """All rows in order of key, in blocks of about ``rows``; equal keys can lie in several blocks."""
-        runs = [np.load(path, mmap_mode="r", allow_pickle=False) for path in self._runs]
-        done = [0] * len(runs)
-        share = max(_LEAST_READ, rows // max(1, len(runs)))
-        while True:
-            windows = [run[at : at + share] for run, at in zip(runs, done, strict=True)]
+        share = max(_LEAST_READ, rows // max(1, len(self._runs)))
+        windows = [self._read(run, 0, share) for run in range(len(self._runs))]
+        done = [0] * len(windows)
+        while any(len(window) for window in windows):
             # Every run is read at least to this key, and one of them has its whole window taken.
-            last = [window["key"][-1] for window in windows if len(window)]
-            if not last:
-                return
-            bound = min(last)
+            bound = min(window["key"][-1] for window in windows if len(window))
             parts = []
-            for index, window in enumerate(windows):
+            for run, window in enumerate(windows):
                 taken = int(np.searchsorted(window["key"], bound, side="right"))
-                parts.append(np.array(window[:taken]))
-                done[index] += taken
+                parts.append(window[:taken])
+                if taken:
+                    done[run] += taken
+                    windows[run] = self._read(run, done[run], share)
             block = np.concatenate(parts)
             # The stable sort finds the runs that it is made of and merges them.
             yield block[np.argsort(block["key"], kind="stable")]
+
+    def _read(self, run: int, start: int, rows: int) -> Array:
+        # Read, not mapped: the pages of a map would count as this process's memory.
+        path, length = self._runs[run]
+        assert self._dtype is not None
+        count = min(rows, length - start)
+        return np.fromfile(path, self._dtype, count, offset=start * self._dtype.itemsize)
 
 
 def whole_keys(blocks: Iterable[Array]) -> Iterator[Array]:

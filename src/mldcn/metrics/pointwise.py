@@ -77,8 +77,8 @@ class PointSums:
                 self.loss -= _sum_of_logs(likelihood)
             else:
                 weights = rows.weights[block].astype(np.float64)
-                self.predicted += float(scores @ weights)
-                self.loss -= float(np.log(likelihood) @ weights)
+                self.predicted += float((scores * weights).sum())
+                self.loss -= float((np.log(likelihood) * weights).sum())
 
     @property
     def logloss(self) -> float:

@@ -55,7 +55,9 @@ class RankSums:
         """Adds distinct scores below those already added."""
         upto = np.cumsum(ties.positive)
         upto += self._positive
-        self._won += float(ties.negative @ (2.0 * upto - ties.positive))
+        # Sums of products rather than dot products here and below: on short blocks the linear algebra's threads
+        # cost more than they bring, and the sum would depend on their number.
+        self._won += float((ties.negative * (2.0 * upto - ties.positive)).sum())
         if self._with_precision:
             hits = np.flatnonzero(ties.positive)
             ranked = upto + np.cumsum(ties.negative) + self._negative
@@ -229,7 +231,7 @@ class GroupSums:
             return
         cut = _cut(block)
         aucs, both = _aucs(cut)
-        self._auc += float(aucs[both] @ cut.weight[both])
+        self._auc += float((aucs * cut.weight)[both].sum())
         self._auc_weight += float(cut.weight[both].sum())
         if not self._hits:
             return
@@ -240,8 +242,8 @@ class GroupSums:
             slots = np.clip(k - above, 0, cut.size)
             found = np.add.reduceat(cut.hits * slots / cut.size, cut.first)
             missed = np.multiply.reduceat(_chance_of_no_hit(cut.hits, cut.size, slots), cut.first)
-            self._hits[k] += float(found @ session_weight)
-            self._hit_sessions[k] += float((1.0 - missed) @ session_weight)
+            self._hits[k] += float((found * session_weight).sum())
+            self._hit_sessions[k] += float(((1.0 - missed) * session_weight).sum())
 
     @property
     def gauc(self) -> float:

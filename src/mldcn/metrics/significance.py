@@ -347,7 +347,8 @@ class _WeightedAUC:
         passed = np.zeros(len(negative) + 1)
         np.cumsum(negative, out=passed[1:])
         pairs = float(positive.sum() * passed[-1])
-        return float(positive @ (passed[below] + passed[upto])) / 2.0 / pairs if pairs else math.nan
+        won = float((positive * (passed[below] + passed[upto])).sum()) / 2.0
+        return won / pairs if pairs else math.nan
 
 
 class _ClusterMean:
