@@ -282,7 +282,7 @@ def demo(
 @app.command()
 def study(
     recipe: Annotated[Path, typer.Argument(help="a recipe, as in recipes/")],
-    source: Annotated[Path, typer.Option(help="the recipe's log, as its publisher gives it")],
+    source: Annotated[Path | None, typer.Option(help="the log, as its publisher gives it")] = None,
     out: Annotated[Path | None, typer.Option(help="folder; results/<recipe> by default")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
 ) -> None:
@@ -332,6 +332,7 @@ def data_fetch(
     source: Annotated[
         Path | None, typer.Option(help="your own download: the file or folder; nothing is fetched then")
     ] = None,
+    rows: Annotated[int | None, typer.Option(min=1000, help="impressions, for pinads")] = None,
 ) -> None:
     """Fetches a named log (or takes your download) and writes a log and a config that 'mldcn fit' reads.
 
@@ -341,6 +342,6 @@ def data_fetch(
     from mldcn.console import out as screen
     from mldcn.datasets import dataset
 
-    config = workflow.fetch(name, out, source)
+    config = workflow.fetch(name, out, source, rows)
     screen.print(dataset(name).describe(), markup=False)
     screen.print(f"wrote {config}\nnext:\n  mldcn describe {config}\n  mldcn fit {config}", markup=False)

@@ -150,13 +150,16 @@ def compare(a: Path, b: Path, files: Sequence[str] = (), *, repeats: int = 1000)
         return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)
 
 
-def fetch(
-    name: str, out: Path, source: Path | None, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def fetch(name: str, out: Path, source: Path | None, rows: int | None = None) -> Path:
     """Fetches a named log (or takes the user's download) and writes its config; gives the config's path."""
     from mldcn import datasets
+    from mldcn.datasets.pinads import write_log
 
-    path = source if source is not None else datasets.fetch(name, out / "download", progress=progress)
+    if name == "pinads" and rows is not None:
+        write_log(out / name, rows)
+        path: Path | None = out / name
+    else:
+        path = source if source is not None else datasets.fetch(name, out / "download")
     _, raw = datasets.prepare(name, path, out / name)
     config = parse(Config, raw, name)
     target = out / f"{name}.yaml"

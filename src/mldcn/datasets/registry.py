@@ -76,7 +76,7 @@ def dataset(name: str) -> Dataset:
 
 def fetch(
     name: str, folder: str | Path, source: str | Path | None = None, progress: Progress | None = None
-) -> Path:
+) -> Path | None:
     """Gets a log's raw files: the user's own (``source``), or the publisher's, checked and resumed.
 
     Args:
@@ -86,7 +86,7 @@ def fetch(
         progress: is called with (bytes done, bytes in all).
 
     Returns:
-        What :func:`prepare` takes.
+        What :func:`prepare` takes: a path, or None for a log that is generated.
 
     Raises:
         UserError: the log must be got by hand (the message says how), or the download failed.
@@ -97,7 +97,7 @@ def fetch(
             raise UserError(f"{source}: no such file or folder")
         return Path(source)
     if name == "pinads":
-        return Path(folder)
+        return None
     if entry.url is None:
         raise UserError(
             f"{name}: its publisher allows no direct download. {entry.by_hand}. Then give the file or folder: "
@@ -115,7 +115,8 @@ def prepare(name: str, path: str | Path | None, out: str | Path) -> Prepared:
 
     Args:
         name: of the log.
-        path: the publisher's file, archive or folder (for ``pinads`` nothing).
+        path: the publisher's file, archive or folder. For ``pinads`` a folder with a log that was generated
+            before, or nothing.
         out: folder for the joined log; where none needs to be made, the files stay where they are.
 
     Returns:
@@ -131,9 +132,11 @@ def prepare(name: str, path: str | Path | None, out: str | Path) -> Prepared:
 
 
 def _prepare_pinads(path: Path, out: Path) -> tuple[list[Path], dict[str, Any]]:
-    del path
-    write_log(out, PINADS_SIZE)
-    return [out / "pinads.parquet"], pinads_config(out)
+    if path == out:
+        write_log(out, PINADS_SIZE)
+    elif not (path / "pinads.parquet").is_file():
+        raise UserError(f"{path}: no folder with a generated log (pinads.parquet is missing)")
+    return [path / "pinads.parquet"], pinads_config(path)
 
 
 _GROUPLENS = "research use, no redistribution, no commercial use without permission (GroupLens)"

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mldcn import datasets
-from mldcn.config import Config, parse
+from mldcn.config import Config, parse, read_yaml
 from mldcn.cost.budget import match_flops, scorer_flops
 from mldcn.data.prepare import prepare
 from mldcn.embedding import Embedder
@@ -40,13 +42,13 @@ class Job:
 
 
 def run_study(
-    recipe: Recipe, source: Path, out: Path, *, jobs: int = 1, say: Say = lambda _: None
+    recipe: Recipe, source: Path | None, out: Path, *, jobs: int = 1, say: Say = lambda _: None
 ) -> list[Row]:
     """Runs what is not finished yet and writes ``results.json`` and ``results.md``.
 
     Args:
         recipe: the study.
-        source: the log as its publisher gives it.
+        source: the log as its publisher gives it; not needed for a log that is generated.
         out: folder for the log, the encoded rows, the runs and the results.
         jobs: runs at the same time, each with an equal share of the cores.
         say: told of the progress, a line a time.
@@ -54,9 +56,7 @@ def run_study(
     Returns:
         A row a rival.
     """
-    log, raw = datasets.prepare(recipe.dataset, source, out / "log")
-    del log
-    base = overlay(raw, recipe.config)
+    base = overlay(_dataset(recipe.dataset, source, out), recipe.config)
     encoded = out / "encoded"
     base = overlay(base, {"data": {"encoded": str(encoded)}})
     first = parse(Config, overlay(base, _model(recipe, recipe.reference)), recipe.title)
@@ -84,6 +84,15 @@ def run_study(
     write_text(out / "results.json", json.dumps([to_json(row) for row in rows], indent=2) + "\n")
     write_text(out / "results.md", to_markdown(recipe, rows))
     return rows
+
+
+def _dataset(name: str, source: Path | None, out: Path) -> dict[str, Any]:
+    """The log's config; the log itself is made once, so that a resumed study finds its encoded rows."""
+    config = out / "dataset.yaml"
+    if not config.exists():
+        _, raw = datasets.prepare(name, source, out / "log")
+        write_text(config, yaml.safe_dump(raw, sort_keys=False))
+    return read_yaml(config)
 
 
 def _model(recipe: Recipe, rival: str) -> dict[str, Any]:
