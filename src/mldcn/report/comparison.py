@@ -338,12 +338,12 @@ def _section(title: str, blocks: Sequence[Block]) -> list[Block]:
     return [Heading(title), *blocks] if blocks else []
 
 
-def _pictures(drawn: Mapping[str, tuple[Plot, str, str]], *starts: str) -> list[Block]:
-    """The plots whose file name starts so, with a text for those who cannot see them."""
+def _pictures(drawn: Mapping[str, tuple[Plot, str, str]], *chosen: str) -> list[Block]:
+    """The plots of these file names or kinds (a name's first word), with a text for those who cannot see them."""
     figures = [
         Figure(name, plots.to_svg(figure), title, f"Plot: {title}. The numbers are in the tables.", caption)
         for name, (figure, title, caption) in drawn.items()
-        if name.startswith(starts)
+        if name in chosen or name.split("-")[0] in chosen
     ]
     return [Figures(figures)] if figures else []
 
