@@ -10,7 +10,8 @@ import pytest
 
 from mldcn.config import Config, parse
 from mldcn.data import shards
-from mldcn.data.prepare import ordered_map, prepare
+from mldcn.data.pipeline import ahead, ordered_map
+from mldcn.data.prepare import prepare
 from mldcn.data.splits import TimesOnDisk
 from mldcn.errors import UserError
 
@@ -207,8 +208,10 @@ def test_progress(tmp_path):
     prepare(config(log(tmp_path), {"kind": "order"}), tmp_path / "out", lambda *call: calls.append(call))
     size = (tmp_path / "log.csv").stat().st_size
     assert [call[0] for call in calls] == ["count rows"] * 4 + ["fit"] * 4 + ["encode"] * 4
-    assert [call[1] for call in calls[:4]] == [3, 6, 9, 10]
-    assert all(call[3] == size and call[2] <= size for call in calls)
+    assert [call[1] for call in calls] == [3, 6, 9, 10] * 3
+    assert all(call[3] == size for call in calls[:8])
+    assert all(0 <= call[2] <= call[3] for call in calls)
+    assert calls[-1][2] == calls[-1][3]
 
 
 BAD = {
@@ -304,6 +307,28 @@ def test_order_statistics_on_disk_are_exact(tmp_path):
         assert times._smallest(rank) == np.sort(values)[rank]
     times.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ahead_keeps_order_bounds_its_lead_and_raises_in_turn():
+    taken = []
+
+    def items():
+        for i in range(20):
+            taken.append(i)
+            yield i
+        raise UserError("the end")
+
+    results = ahead(items())
+    assert next(results) == 0
+    assert len(taken) <= 4
+    seen = []
+    with pytest.raises(UserError, match="the end"):
+        seen.extend(results)
+    assert seen == list(range(1, 20))
+    # Left early, the thread ends.
+    results = ahead(iter(range(10**9)))
+    next(results)
+    results.close()
 
 
 def test_ordered_map_keeps_order_bounds_its_lead_and_raises_in_turn():

@@ -1,19 +1,17 @@
 """``prepare``: from a config's log to encoded training, validation and test rows on disk, in bounded memory.
 
-Two passes over the log: one fits the vocabularies and transforms on the training rows, one encodes every row.
-A split by time or order takes a pass before them, over one column.
+One pass over the log fits the vocabularies and transforms on the training rows, and keeps what it parsed (keys
+of ids and numbers, no text; some 8 bytes a cell) in a temporary file, from which every row is then encoded.
+A split by time or order takes a pass before it, over one column.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,9 @@ import numpy as np
 
 from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit
 from mldcn.data import encoder, shards, vocabulary
-from mldcn.data.encoder import Encoder, Fitter
+from mldcn.data.encoder import EncodedBlock, Encoder, Fitter
 from mldcn.data.parsing import ParsedBlock, parse
+from mldcn.data.pipeline import Spool, ahead, ordered_map
 from mldcn.data.reading import LogReader, RawBlock, expand
 from mldcn.data.shards import EncodedRows, ShardWriter, replace_folder
 from mldcn.data.splits import (
@@ -49,7 +48,6 @@ _FILE = "prepared.json"
 # What is being done, rows done, bytes of the log done and in all.
 Progress = Callable[[str, int, int, int], None]
 Watch = Callable[[ParsedBlock, Parts], None]
-In = TypeVar("In")
 Out = TypeVar("Out")
 
 
@@ -139,19 +137,31 @@ class LogPasses:
     def write(self, folder: Path) -> None:
         """Fits, encodes and writes: the encoder, and a folder of rows a part."""
         rule = self.rule(folder)
-        fitted = self.fit(rule)
-        fitted.save(folder / "encoder")
         with ExitStack() as stack:
+            spool = stack.enter_context(Spool(folder))
+            fitted = self.fit(rule, watch=spool.add)
+            fitted.save(folder / "encoder")
             writers = {
                 number: stack.enter_context(ShardWriter(folder / part, fitted.layout))
                 for number, part in enumerate(PARTS)
                 if self.wanted(part)
             }
-            for part in PARTS:
-                for block, parts in self.run("encode", part, rule, lambda p: fitted.assemble(self._parse(p))):
-                    for number, writer in writers.items():
-                        rows = parts == number
-                        writer.write(block if rows.all() else block.select(rows))
+            for block, parts in self._encoded(fitted, rule, spool):
+                for number, writer in writers.items():
+                    rows = parts == number
+                    writer.write(block if rows.all() else block.select(rows))
+
+    def _encoded(
+        self, fitted: Encoder, rule: Rule | None, spool: Spool
+    ) -> Iterator[tuple[EncodedBlock, Parts]]:
+        """Every row of the log, encoded: those that the fit read from the spool, others from their files."""
+        rows = 0
+        for block, parts in ordered_map(lambda job: (fitted.assemble(job[0]), job[1]), spool):
+            yield block, parts
+            rows += len(block)
+            self._progress("encode", rows, rows * spool.bytes // spool.rows, spool.bytes)
+        for part in PARTS[1:]:
+            yield from self.run("encode", part, rule, lambda raw: fitted.assemble(self._parse(raw)))
 
     def rule(self, folder: Path) -> Rule | None:
         """What says which part a row belongs to; None where each part has files of its own.
@@ -226,46 +236,16 @@ class LogPasses:
     def _blocks(self, stage: str, part: Part, columns: list[str]) -> Iterator[RawBlock]:
         if not self.files[part]:
             return
-        last = stage == "encode"
-        reader = LogReader(self.files[part], self._data, digests=last)
+        whole = stage in ("fit", "encode")
+        reader = LogReader(self.files[part], self._data, digests=whole)
         rows = 0
-        for block in reader.blocks(list(dict.fromkeys(columns))):
+        for block in ahead(reader.blocks(list(dict.fromkeys(columns)))):
             yield block
             rows += len(block)
             self._progress(stage, rows, reader.bytes_done, reader.bytes_total)
-        if last:
+        if whole:
             for path, size in zip(reader.files, reader.sizes, strict=True):
                 self.fingerprint[str(path)] = {"bytes": size, "blake2b": reader.digests[str(path)]}
-
-
-def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int | None = None) -> Iterator[Out]:
-    """Like ``map``, with threads that work ahead by a bounded number of items.
-
-    An error is raised in its turn, after the results of the items before it.
-    """
-    workers = workers or len(os.sched_getaffinity(0))
-    waiting: deque[Future[Out]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            iterator = iter(items)
-            failed: BaseException | None = None
-            while True:
-                try:
-                    waiting.append(pool.submit(work, next(iterator)))
-                except StopIteration:
-                    break
-                except UserError as error:
-                    failed = error
-                    break
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-            if failed is not None:
-                raise failed
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _files_of(data: DataConfig) -> dict[Part, list[Path]]:

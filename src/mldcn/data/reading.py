@@ -376,11 +376,13 @@ def _reblocked(tables: Iterator[pa.Table], block_rows: int) -> Iterator[pa.Table
     for table in tables:
         held.append(table)
         rows += table.num_rows
-        while rows >= block_rows:
-            joined = pa.concat_tables(held)
-            yield joined.slice(0, block_rows).combine_chunks()
-            held = [joined.slice(block_rows)]
-            rows -= block_rows
+        if rows < block_rows:
+            continue
+        joined = pa.concat_tables(held)
+        whole = rows - rows % block_rows
+        for start in range(0, whole, block_rows):
+            yield joined.slice(start, block_rows).combine_chunks()
+        held, rows = [joined.slice(whole)], rows - whole
     if rows:
         yield pa.concat_tables(held).combine_chunks()
 
