@@ -73,12 +73,16 @@ def init(
     log: Annotated[list[Path], typer.Argument(help="CSV, TSV or Parquet files of one log")],
     out: Annotated[Path, typer.Option(help="the config to write")] = Path("mldcn.yaml"),
     label: Annotated[str | None, typer.Option(help="the label's column, where the guess is wrong")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="names of the columns, by commas, of a log without a header")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the file if it is there")] = False,
 ) -> None:
     """Reads a log and writes a commented config for it.
 
     Example: mldcn init impressions.csv
     """
+    from mldcn.config import DataConfig
     from mldcn.console import err
     from mldcn.console import out as screen
     from mldcn.data.inference import infer, to_yaml
@@ -86,7 +90,8 @@ def init(
 
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; name another file with --out, or replace it with --force")
-    inferred = infer([str(path) for path in log], label=label)
+    named = DataConfig(header=False, column_names=tuple(columns.split(","))) if columns else DataConfig()
+    inferred = infer([str(path) for path in log], named, label=label)
     write_text(out, to_yaml(inferred, [str(path) for path in log]))
     for leak in inferred.leaks:
         err.print(f"warning: {leak.name} looks like a leak and is left out: {leak.reason}", markup=False)

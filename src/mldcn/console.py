@@ -17,8 +17,8 @@ from mldcn.training.observers import Progress as Step
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
@@ -36,7 +36,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], lef
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
     # Where there is no terminal nothing says how wide a line may be: let no column be folded.
-    (out if out.is_terminal else Console(highlight=False, width=200)).print(shown)
+    (out if out.is_terminal else Console(highlight=False, width=200)).print(shown, soft_wrap=False)
 
 
 def metrics_table(title: str, metrics: Mapping[str, Metrics]) -> None:

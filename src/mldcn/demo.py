@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mldcn": {"name": "mldcn", "num_layers": 3, "rank": 48},
     "dcnv2": {"name": "dcnv2", "num_layers": 2},
     "dcnv2_lowrank": {"name": "dcnv2_lowrank", "num_layers": 3},
-    "masknet_parallel": {"name": "masknet_parallel", "num_blocks": 3},
+    "masknet_parallel": {"name": "masknet_parallel", "num_blocks": 2, "reduction_ratio": 0.25},
     "dnn": {"name": "dnn", "hidden": [256, 128]},
 }
 
@@ -140,8 +140,9 @@ def _show(folder: Path, entries: list[Entry], bayes: dict[str, Any], rows: int, 
             t: {"auc": v["auc_on_labels"], "logloss": v["logloss_on_labels"]} for t, v in bayes.items()
         },
         protocol=_protocol(rows, entries),
+        next_steps=[("Train on a log of your own", "mldcn init YOUR_LOG && mldcn fit mldcn.yaml")],
     )
-    write_text(folder / "report.md", page.to_markdown())
+    page.write_files(folder)
     page.write(folder / REPORT)
     write_text(folder / "mldcn.yaml", entries[0].run.config.read_text(encoding="utf-8"))
     out.print(

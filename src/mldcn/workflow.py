@@ -8,17 +8,22 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mldcn import interactions
-from mldcn.comparison import Comparison, compare_predictions, read_predictions
+from mldcn.comparison import LABEL, PROBABILITY, Comparison, compare_predictions, read_predictions
 from mldcn.config import Config, dump_config, load_config, parse
+from mldcn.data.batch import EncodedLayout
 from mldcn.data.prepare import prepare
 from mldcn.data.reading import open_log
 from mldcn.data.shards import EncodedRows, ShardWriter
-from mldcn.metrics import Difference
+from mldcn.embedding.embedder import table_widths
+from mldcn.metrics import Difference, delong
 from mldcn.predict import Predictor
-from mldcn.report import Bins, RunSummary, run_page
+from mldcn.report import Bins, FeatureSummary, RunSummary, run_page
 from mldcn.report import Difference as ShownDifference
 from mldcn.run import RunFolder, write_text
+from mldcn.schema import EmbeddingFeature, TableFeature
 from mldcn.training.evaluate import Evaluation, evaluate
 from mldcn.training.fit import Summary, fit, monitored
 from mldcn.training.observers import Observer
@@ -68,8 +73,10 @@ def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference]
     options = {k: v for k, v in config.model.interaction.items() if k != "name"}
     reliability = run.read_json("reliability.json") if (run.path / "reliability.json").exists() else {}
     history = run.history.read_text(encoding="utf-8").splitlines() if run.history.exists() else []
+    intervals = _auc_intervals(run) if run.predictions.exists() else {}
     return RunSummary(
         name=name,
+        intervals=intervals,
         metrics=metrics.get("test", {}),
         valid_metrics=metrics.get("valid", {}),
         options=", ".join(f"{key} {value}" for key, value in options.items()),
@@ -88,6 +95,40 @@ def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference]
     )
 
 
+def _auc_intervals(run: RunFolder) -> dict[str, tuple[float, float]]:
+    """Each task's DeLong interval of the test AUC: that of its difference to a model that knows nothing."""
+    table = read_predictions(run.predictions)
+    intervals = {}
+    for name in table.column_names:
+        if name.startswith(LABEL):
+            task = name.removeprefix(LABEL)
+            labels, scores = table[name].to_numpy(), table[f"{PROBABILITY}{task}"].to_numpy()
+            difference = delong(labels, np.zeros_like(scores), scores)
+            intervals[task] = (difference.a + difference.low, difference.a + difference.high)
+    return intervals
+
+
+def _features(run: RunFolder, config: Config) -> list[FeatureSummary]:
+    """Each feature, the rows of its table and its columns of x0."""
+    layout = EncodedLayout.from_json(run.read_json("layout.json"))
+    widths = table_widths(layout, config.log_schema, config.model.embedding)
+    found = []
+    for feature in config.log_schema.features:
+        table = config.log_schema.table_of(feature) if isinstance(feature, TableFeature) else None
+        dense = sum(slot.width for slot in layout.dense if slot.feature == feature.name)
+        projected = feature.project_to if isinstance(feature, EmbeddingFeature) else None
+        found.append(
+            FeatureSummary(
+                name=feature.name,
+                kind=feature.kind,
+                source=feature.source,
+                rows=layout.tables[table] if table is not None else None,
+                width=widths[table] if table is not None else projected or dense,
+            )
+        )
+    return found
+
+
 def write_report(run: RunFolder) -> None:
     """Writes a finished run's page."""
     info = run.info()
@@ -96,6 +137,7 @@ def write_report(run: RunFolder) -> None:
         f"Run {run.path.name}",
         run_summary(run.path.name, run),
         protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, the best on validation.",
+        features=_features(run, load_config(run.config)),
         next_steps=[
             ("Score new rows", f"mldcn predict {run.path} NEW_LOG --out scores.csv"),
             ("Compare with another run", f"mldcn compare {run.path} ANOTHER_RUN"),

@@ -47,7 +47,9 @@ class TensorBoard(Observer):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("training.tensorboard needs the extra: pip install 'mldcn[tensorboard]'") from None
+            raise UserError(
+                "training.tensorboard needs the extra: pip install 'mldcn[tensorboard]'"
+            ) from None
         self.writer: Any = SummaryWriter(str(folder))
 
     def stepped(self, progress: Progress) -> None:
