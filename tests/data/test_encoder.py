@@ -129,15 +129,12 @@ def test_events_after_now_count_as_now():
     assert rows.dense.tolist() == [[0, 0]]
 
 
-def test_embeddings_are_normalised_and_missing_ones_zero():
+def test_embeddings_come_as_they_are_and_missing_ones_as_zeros():
     feature = {"kind": "embedding", "name": "v", "width": 2}
-    _, rows = encoded([feature], v=["3|4", None], click=["1", "0"])
-    np.testing.assert_allclose(rows.dense, [[0.6, 0.8], [0, 0]], rtol=1e-6)
-    _, rows = encoded([feature | {"normalise": False}], v=[[3.0, 4.0], None], click=["1", "0"])
-    assert rows.dense.tolist() == [[3, 4], [0, 0]]
     fixed = pa.array([[3.0, 4.0], None], pa.list_(pa.float32(), 2))
-    _, rows = encoded([feature | {"normalise": False}], v=fixed, click=["1", "0"])
-    assert rows.dense.tolist() == [[3, 4], [0, 0]]
+    for vectors in (["3|4", None], [[3.0, 4.0], None], [[3.0, 4.0], []], fixed):
+        _, rows = encoded([feature], v=vectors, click=["1", "0"])
+        assert rows.dense.tolist() == [[3, 4], [0, 0]]
 
 
 def test_bucketised():
@@ -258,6 +255,17 @@ BAD_CELLS = {
     "infinite number": ([NUMBER], {"n": [1.0, math.inf]}, r"row 12, column 'n': inf is infinite"),
     "lists in a numeric column": ([NUMBER], {"n": [[1], [2]]}, r"column 'n' holds list.*another kind"),
     "lists in a categorical column": ([AD], {"ad": [["x"], ["y"]]}, r"column 'ad' holds lists; .*multi"),
+    "structures": (
+        [AD],
+        {"ad": [{"x": 1}, {"x": 2}]},
+        r"column 'ad' holds struct<x: int64>, which is no text",
+    ),
+    "lists of lists": (
+        [{"kind": "multi", "name": "ad"}],
+        {"ad": [[["x"]], [["y"]]]},
+        r"column 'ad' holds lists",
+    ),
+    "no such column": ([AD], {"add": ["x", "y"]}, r"has no column 'ad'; did you mean 'add'"),
     "label": ([AD], {"ad": ["x", "y"], "click": ["0", "2"]}, r"row 12, column 'click': '2' is no label"),
     "number label": ([AD], {"ad": ["x", "y"], "click": [0, 5]}, r"row 12, column 'click': 5 is no label"),
     "weight": ([AD], {"ad": ["x", "y"], "w": ["1", "-1"]}, r"row 12, column 'w': '-1' is no weight"),

@@ -36,6 +36,7 @@ def columns() -> dict[str, list]:
         "position": [i % 4 + 1 for i in range(ROWS)],
         "row_key": [f"k{i}" for i in range(ROWS)],
         "nothing": pa.nulls(ROWS),
+        "extra": [{"a": 1}] * ROWS,
         "split": [draw.choice(["train", "test"]) for _ in range(ROWS)],
         "click": click,
         "save": [c and int(draw.random() < 0.5) for c in click],
@@ -138,6 +139,7 @@ def test_commented_defaults_are_the_defaults(inferred, tmp_path):
 
 def test_text_logs_infer_like_typed_ones(inferred, tmp_path):
     rows = columns()
+    del rows["extra"]
     texts = {}
     for name, cells in rows.items():
         cells = cells.to_pylist() if isinstance(cells, pa.Array) else cells

@@ -54,24 +54,44 @@ def is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def texts(array: pa.Array) -> pa.Array:
-    """Any plain values as text; a whole float loses its fraction (123.0 is ``123``), NaN is missing."""
+def texts(block: RawBlock, name: str, array: pa.Array | None = None) -> pa.Array:
+    """Any plain values as text; a whole float loses its fraction (123.0 is ``123``), NaN is missing.
+
+    Args:
+        block: the block, for its place in errors.
+        name: the column.
+        array: its values, where they are not the column itself (such as the elements of lists).
+
+    Raises:
+        UserError: the column holds no plain values.
+    """
+    array = column(block, name) if array is None else array
     kind = array.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return array
     if pa.types.is_floating(kind):
-        values = array.to_numpy(zero_copy_only=False).astype(np.float64)
-        missing = np.isnan(values)
-        whole = (np.abs(values) < 2.0**63) & (np.trunc(values) == values)
-        as_int = pa.array(np.where(whole, values, 0).astype(np.int64), mask=missing)
-        if bool((whole | missing).all()):
-            return pc.cast(as_int, pa.string())
-        return pc.if_else(
-            pa.array(whole),
-            pc.cast(as_int, pa.string()),
-            pc.cast(pa.array(values, mask=missing), pa.string()),
+        return _float_texts(array)
+    if is_list(kind):
+        raise UserError(
+            f"{block.file}: column {name!r} holds lists; give the feature kind: multi or sequence"
         )
-    return pc.cast(array, pa.string())
+    try:
+        return pc.cast(array, pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise UserError(
+            f"{block.file}: column {name!r} holds {kind}, which is no text; write it as text or numbers"
+        ) from None
+
+
+def _float_texts(array: pa.Array) -> pa.Array:
+    values = array.to_numpy(zero_copy_only=False).astype(np.float64)
+    missing = np.isnan(values)
+    whole = (np.abs(values) < 2.0**63) & (np.trunc(values) == values)
+    as_int = pa.array(np.where(whole, values, 0).astype(np.int64), mask=missing)
+    if bool((whole | missing).all()):
+        return pc.cast(as_int, pa.string())
+    as_float = pa.array(values, mask=missing)
+    return pc.if_else(pa.array(whole), pc.cast(as_int, pa.string()), pc.cast(as_float, pa.string()))
 
 
 def numbers(block: RawBlock, name: str, array: pa.Array | None = None, lists: Lists | None = None) -> Floats:
@@ -216,7 +236,7 @@ def lists(block: RawBlock, name: str, delimiter: str) -> Lists:
     elif not is_list(array.type):
         # A plain value is a list of one.
         lengths = pc.is_valid(array).to_numpy(zero_copy_only=False).astype(np.int64)
-        return _laid(texts(array).drop_null(), lengths)
+        return _laid(texts(block, name, array).drop_null(), lengths)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     flat = array.flatten()
     return _laid(flat.dictionary_decode() if pa.types.is_dictionary(flat.type) else flat, lengths)

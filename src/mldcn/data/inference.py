@@ -15,8 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from mldcn.config import DataConfig, ModelConfig, TrainingConfig
-from mldcn.data import cells
-from mldcn.data.profile import LABEL, OUTCOME, USER, ColumnFacts, Look, as_truth, judge, look_at
+from mldcn.data.profile import LABEL, OUTCOME, USER, ColumnFacts, Look, as_truth, is_readable, judge, look_at
 from mldcn.data.reading import LogReader, RawBlock
 from mldcn.errors import UserError
 from mldcn.schema import Strict
@@ -74,11 +73,11 @@ def infer(
     data = data or DataConfig()
     block = _head(log, data, rows)
     names = block.table.column_names
-    looks = {name: look_at(block, name) for name in names}
-    binary = [name for name in names if as_truth(looks[name]) is not None]
+    looks = {name: look_at(block, name) for name in names if is_readable(block, name)}
+    binary = [name for name, look in looks.items() if as_truth(look) is not None]
     chosen, at_least = _choose_label(block, label, binary, looks)
     target = _target(looks[chosen], at_least)
-    columns = [judge(looks[name], chosen, binary, target) for name in names]
+    columns = [judge(look, chosen, binary, target) for look in looks.values()]
     columns = _shared(_paired(_one_each(columns), looks), looks)
     roles = {column.role: column.name for column in reversed(columns)}
     user = next((c.name for c in columns if c.role == "feature" and USER.search(c.name)), None)
@@ -197,8 +196,10 @@ def _shared(columns: list[ColumnFacts], looks: dict[str, Look]) -> list[ColumnFa
     for column in columns:
         lists = looks[column.name].lists
         if column.kind == "sequence" and column.role == "feature" and lists is not None and items:
-            ids = pc.unique(cells.texts(lists.flat))
-            found = {item.name: pc.sum(pc.is_in(ids, looks[item.name].texts)).as_py() or 0 for item in items}
+            ids = pc.unique(looks[column.name].elements)
+            found = {
+                item.name: pc.sum(pc.is_in(ids, looks[item.name].elements)).as_py() or 0 for item in items
+            }
             best = max(found, key=lambda name: found[name])
             if found[best] >= len(ids) / 2 and len(ids):
                 column = replace(column, share=best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,9 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mldcn.config import suggest
 from mldcn.data import cells
 from mldcn.data.hashing import NO_KEY, Keys, hash_texts
 from mldcn.data.reading import RawBlock
+from mldcn.data.transforms import LARGEST
 from mldcn.errors import UserError
 from mldcn.schema import (
     Bucketised,
@@ -83,11 +86,13 @@ def parse(schema: Schema, block: RawBlock, *, labels: bool = True) -> ParsedBloc
     Raises:
         UserError: a cell is not what the schema says; names file, row, column, value and remedy.
     """
-    there = set(block.table.column_names)
+    there = Counter(block.table.column_names)
     needed, _ = columns(schema, labels=labels)
     for name in needed:
         if name not in there:
-            raise UserError(f"{block.file}: has no column {name!r}")
+            raise UserError(f"{block.file}: has no column {name!r}{suggest(name, there)}")
+        if there[name] > 1:
+            raise UserError(f"{block.file}: column {name!r} is there twice; rename one of them")
     rows = len(block)
 
     def given(name: str | None) -> str | None:
@@ -115,7 +120,9 @@ def parse(schema: Schema, block: RawBlock, *, labels: bool = True) -> ParsedBloc
                 parsed.ids[feature.name] = _single(block, feature.log_column)
             case MultiCategorical():
                 lists = cells.lists(block, feature.log_column, feature.delimiter)
-                parsed.ids[feature.name] = _padded(lists, feature.max_length, newest_first=False)
+                parsed.ids[feature.name] = _padded(
+                    block, feature.log_column, lists, feature.max_length, newest_first=False
+                )
             case Sequence():
                 _sequence(block, feature, time, parsed)
             case EmbeddingFeature():
@@ -123,24 +130,15 @@ def parse(schema: Schema, block: RawBlock, *, labels: bool = True) -> ParsedBloc
     return parsed
 
 
-def _text_column(block: RawBlock, name: str) -> pa.Array:
-    array = cells.column(block, name)
-    if cells.is_list(array.type):
-        raise UserError(
-            f"{block.file}: column {name!r} holds lists; give the feature kind: multi or sequence"
-        )
-    return cells.texts(array)
-
-
 def _single(block: RawBlock, name: str) -> Ids:
-    texts = _text_column(block, name)
+    texts = cells.texts(block, name)
     return Ids(hash_texts(texts)[:, None], texts)
 
 
 def _key(block: RawBlock, name: str | None) -> NDArray[np.int64]:
     if name is None:
         return np.zeros(len(block), np.int64)
-    return hash_texts(_text_column(block, name)).view(np.int64)
+    return hash_texts(cells.texts(block, name)).view(np.int64)
 
 
 def _places(
@@ -154,8 +152,8 @@ def _places(
     return np.where(there, places, 0), there
 
 
-def _padded(lists: cells.Lists, length: int, *, newest_first: bool) -> Ids:
-    texts = cells.texts(lists.flat)
+def _padded(block: RawBlock, name: str, lists: cells.Lists, length: int, *, newest_first: bool) -> Ids:
+    texts = cells.texts(block, name, lists.flat)
     flat = hash_texts(texts)
     # "a||b": nothing stands between the delimiters.
     flat[pc.fill_null(pc.equal(texts, ""), False).to_numpy(zero_copy_only=False)] = NO_KEY
@@ -167,10 +165,14 @@ def _padded(lists: cells.Lists, length: int, *, newest_first: bool) -> Ids:
 
 def _sequence(block: RawBlock, feature: Sequence, now: cells.Floats, parsed: ParsedBlock) -> None:
     lists = cells.lists(block, feature.log_column, feature.delimiter)
-    parsed.ids[feature.name] = _padded(lists, feature.max_length, newest_first=True)
+    parsed.ids[feature.name] = _padded(
+        block, feature.log_column, lists, feature.max_length, newest_first=True
+    )
     if feature.actions is not None:
         actions = _parallel(block, feature, feature.actions, lists)
-        parsed.ids[actions_of(feature)] = _padded(actions, feature.max_length, newest_first=True)
+        parsed.ids[actions_of(feature)] = _padded(
+            block, feature.actions, actions, feature.max_length, newest_first=True
+        )
     if feature.times is not None:
         events = _parallel(block, feature, feature.times, lists)
         flat = cells.times(block, feature.times, events.flat, events)
@@ -216,12 +218,9 @@ def _vectors(block: RawBlock, feature: EmbeddingFeature) -> NDArray[np.float32]:
             None,
             "stands inside a vector; fill it, or leave the whole empty",
         )
-    vectors = np.zeros((len(block), feature.width))
-    vectors[lists.lengths > 0] = flat.reshape(-1, feature.width)
-    if feature.normalise:
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors /= np.where(norms > 0, norms, 1.0)
-    return vectors.astype(np.float32)
+    vectors = np.zeros((len(block), feature.width), np.float32)
+    vectors[lists.lengths > 0] = np.clip(flat, -LARGEST, LARGEST).reshape(-1, feature.width)
+    return vectors
 
 
 def _label(block: RawBlock, label: Label) -> NDArray[np.float32]:

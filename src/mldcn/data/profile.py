@@ -91,11 +91,15 @@ class ColumnFacts:
 
 @dataclass(frozen=True)
 class Look:
-    """One column of the sample, looked at."""
+    """One column of the sample, looked at.
+
+    texts: its values, or the elements of a list column. elements: its values, or those of its lists.
+    """
 
     name: str
     array: pa.Array
     texts: pa.Array
+    elements: pa.Array
     numbers: NDArray[np.float64] | None
     lists: cells.Lists | None
     delimiter: str | None
@@ -104,16 +108,29 @@ class Look:
     missing: float
 
 
+def is_readable(block: RawBlock, name: str) -> bool:
+    """Whether a column holds plain values or lists of them, and not structures or bytes."""
+    kind = block.table.schema.field(name).type
+    inner = kind.value_type if cells.is_list(kind) or pa.types.is_dictionary(kind) else kind
+    return not (pa.types.is_nested(inner) or pa.types.is_binary(inner) or pa.types.is_large_binary(inner))
+
+
 def look_at(block: RawBlock, name: str) -> Look:
     """Reads a column in every way that it allows."""
     array = cells.column(block, name)
     missing = array.null_count / len(array)
     if cells.is_list(array.type):
         found = cells.lists(block, name, "|")
-        floats = pa.types.is_floating(found.flat.type)
-        distinct = len(found.flat) if floats else pc.count_distinct(cells.texts(found.flat)).as_py()
-        return Look(name, array, array, None, found, None, False, distinct, missing)
-    texts, numbers, is_time = cells.texts(array), None, False
+        if pa.types.is_floating(found.flat.type):
+            # A few are enough to show, and no two agree.
+            few_texts = pa.array(
+                [f"{x:.4g}" for x in found.flat.drop_null().slice(0, 3).to_pylist()], pa.string()
+            )
+            return Look(name, array, few_texts, few_texts, None, found, None, False, len(found.flat), missing)
+        texts = cells.texts(block, name, found.flat)
+        distinct = pc.count_distinct(texts, mode="only_valid").as_py()
+        return Look(name, array, texts, texts, None, found, None, False, distinct, missing)
+    texts, numbers, is_time = cells.texts(block, name), None, False
     distinct = pc.count_distinct(texts, mode="only_valid").as_py()
     # Trying the first rows alone first saves reading whole columns of text as numbers in vain.
     few = RawBlock(block.table.slice(0, 1_000), block.file, block.first_row)
@@ -128,8 +145,9 @@ def look_at(block: RawBlock, name: str) -> Look:
     delimiter = None
     if numbers is None and not is_time:
         delimiter = _delimiter(texts, distinct)
-    found_lists = cells.lists(block, name, delimiter) if delimiter else None
-    return Look(name, array, texts, numbers, found_lists, delimiter, is_time, distinct, missing)
+    cut = cells.lists(block, name, delimiter) if delimiter else None
+    elements = cells.texts(block, name, cut.flat) if cut is not None else texts
+    return Look(name, array, texts, elements, numbers, cut, delimiter, is_time, distinct, missing)
 
 
 def _delimiter(texts: pa.Array, distinct: int) -> str | None:
@@ -257,10 +275,7 @@ def _source(name: str) -> Source:
 
 
 def _examples(look: Look) -> tuple[str, ...]:
-    array = look.lists.flat if look.lists is not None else look.texts
-    if pa.types.is_floating(array.type):
-        array = pa.array([f"{value:.4g}" for value in array.drop_null().slice(0, 3).to_pylist()])
-    counts = pc.value_counts(cells.texts(array).drop_null().slice(0, 10_000))
+    counts = pc.value_counts(look.elements.drop_null().slice(0, 10_000))
     most = sorted(counts.to_pylist(), key=lambda pair: (-pair["counts"], pair["values"]))[:3]
     return tuple(str(pair["values"])[:24] for pair in most)
 

@@ -38,7 +38,7 @@ class HashRule:
         if split.columns:
             keys = np.zeros(len(block), np.uint64)
             for name in split.columns:
-                keys = splitmix64(keys ^ hash_texts(cells.texts(cells.column(block, name)), split.seed))
+                keys = splitmix64(keys ^ hash_texts(cells.texts(block, name), split.seed))
         else:
             keys = hash_numbers(np.arange(first, first + len(block)), split.seed)
         # The upper 53 bits: a uniform number in [0, 1) that float64 holds exactly.
@@ -61,7 +61,7 @@ class ColumnRule:
 
     def parts(self, block: RawBlock, first: int) -> Parts:
         """The part of each row, ``(n,)``; rows with another value are left out."""
-        coded = cells.texts(cells.column(block, self._split.column)).dictionary_encode()
+        coded = cells.texts(block, self._split.column).dictionary_encode()
         values = coded.dictionary.to_pylist()
         self.seen.update(values if len(self.seen) < 100 else ())
         names = {self._split.train: TRAIN, self._split.valid: VALID, self._split.test: TEST}

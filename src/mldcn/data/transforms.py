@@ -21,7 +21,8 @@ Floats = NDArray[np.float64]
 
 SAMPLE_ROWS = 100_000
 GRID_POINTS = 1_000
-_LARGEST = float(np.finfo(np.float32).max)
+# A finite number stays finite in float32.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -121,8 +122,7 @@ class FittedNumeric:
         result[missing] = self.fill
         result -= self.shift
         result /= self.scale
-        # A finite number stays finite in float32.
-        np.clip(result, -_LARGEST, _LARGEST, out=result)
+        np.clip(result, -LARGEST, LARGEST, out=result)
         columns = [result, missing] if self.indicator else [result]
         return np.stack(columns, axis=1).astype(np.float32)
 
