@@ -1,5 +1,6 @@
 import json
 import os
+import random
 from itertools import chain
 from pathlib import Path
 
@@ -193,6 +194,24 @@ def test_prepared_rows_are_used_again(tmp_path):
     assert not prepare(
         config(str(tmp_path / "log.csv"), {"kind": "order", "valid": 0.2}), tmp_path / "out"
     ).reused
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    given = config(log(tmp_path), {"kind": "order"})
+    first = prepare(given, tmp_path / "out")
+    wanted = all_numbers(first)
+    draw = random.Random(0)
+    files = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert len(files) == 1 + 2 + 3 * 2
+    for path in files:
+        for _ in range(3):
+            raw = bytearray(path.read_bytes())
+            raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+            path.write_bytes(raw)
+            again = prepare(given, tmp_path / "out")
+            assert not again.reused, path
+            assert all_numbers(again) == wanted
+            assert again.fingerprint == first.fingerprint
 
 
 def test_the_fingerprint_tells_contents(tmp_path):

@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from mldcn.data.splits import (
     row_times,
 )
 from mldcn.errors import UserError
-from mldcn.run import write_text
+from mldcn.run import checksum, write_text
 
 FORMAT = 1
 _FILE = "prepared.json"
@@ -88,7 +89,7 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
     if folder.exists() and any(folder.iterdir()):
         found = _prepared(folder)
         # Damaged rows are encoded again, not mourned.
-        with contextlib.suppress(UserError, KeyError):
+        with contextlib.suppress(UserError, OSError):
             if found.get("key") == key:
                 return _open(folder, found, reused=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,15 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
                 "the log's files changed while they were read; prepare them again when they are whole"
             )
         parts = [part for part in PARTS if (temporary / part).is_dir()]
-        found = {"format": FORMAT, "key": key, "parts": parts, "fingerprint": {"files": passes.fingerprint}}
+        found = {
+            "format": FORMAT,
+            "key": key,
+            "parts": parts,
+            "fingerprint": {"files": passes.fingerprint},
+            # These hold the checksums of all other files.
+            "crc32": {str(p.relative_to(temporary)): checksum(p) for p in sorted(temporary.rglob("*.json"))},
+        }
+        found["seal"] = _seal(found)
         write_text(temporary / _FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         replace_folder(temporary, folder)
     finally:
@@ -293,10 +302,19 @@ def _prepared(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and found.pop("seal", None) == _seal(found) else {}
+
+
+def _seal(found: dict[str, Any]) -> str:
+    """A checksum of what was noted."""
+    return f"{zlib.crc32(json.dumps(found, sort_keys=True).encode()):08x}"
 
 
 def _open(folder: Path, found: dict[str, Any], *, reused: bool) -> EncodedData:
+    if reused:
+        for name, expected in found["crc32"].items():
+            if checksum(folder / name) != expected:
+                raise UserError(f"{folder / name}: damaged (its checksum is another)")
     rows = {part: EncodedRows(folder / part) for part in found["parts"]}
     if reused:
         for part in rows.values():
