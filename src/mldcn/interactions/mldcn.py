@@ -226,7 +226,7 @@ class MLDCN(Interaction):
         norm_eps: Ratio = 1e-5,
         bias: Bias = "inside",
         activation: Activation = "relu",
-        dropout: DropRate = 0.2,
+        dropout: DropRate = 0.0,
         input_norm: Literal["none", "layer", "field_l2"] = "none",
     ) -> None:
         layout = as_layout(features)
