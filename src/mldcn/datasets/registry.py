@@ -132,10 +132,10 @@ def prepare(name: str, path: str | Path | None, out: str | Path) -> Prepared:
 
 
 def _prepare_pinads(path: Path, out: Path) -> tuple[list[Path], dict[str, Any]]:
-    if path == out:
+    if not (path / "pinads.parquet").is_file():
+        if path != out:
+            raise UserError(f"{path}: no folder with a generated log (pinads.parquet is missing)")
         write_log(out, PINADS_SIZE)
-    elif not (path / "pinads.parquet").is_file():
-        raise UserError(f"{path}: no folder with a generated log (pinads.parquet is missing)")
     return [path / "pinads.parquet"], pinads_config(path)
 
 
