@@ -247,7 +247,7 @@ def compare(
         for task, metric, d in comparison.differences
     ]
     columns = ["task", "metric", "method", "A", "B", "B - A", "95 % interval", "p"]
-    table(f"A = {a}, B = {b}, {comparison.rows:,} rows", columns, rows, left=3)
+    table(f"A = {a}, B = {b}, {comparison.rows:,} rows", columns, rows)
     for line in comparison.verdicts():
         screen.print(line, markup=False)
 
@@ -266,7 +266,7 @@ def models() -> None:
         info = interactions.info(name)
         options = ", ".join(interactions.config_of(name).model_fields)
         rows.append([name, info.title, f"{info.paper}, {info.year}", info.knob, options])
-    table("interactions", ["name", "what", "paper", "width knob", "options"], rows, left=5)
+    table("interactions", ["name", "what", "paper", "width knob", "options"], rows)
 
 
 @app.command()
@@ -315,7 +315,7 @@ def data_list() -> None:
     from mldcn.datasets import list_datasets
 
     rows = [[d.name, d.title, d.licence, "yes" if d.downloadable else "by hand"] for d in list_datasets()]
-    table("named logs", ["name", "what", "licence", "download"], rows, left=4)
+    table("named logs", ["name", "what", "licence", "download"], rows)
 
 
 @data_app.command("describe")

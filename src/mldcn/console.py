@@ -28,11 +28,12 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
-    """Prints a table; the first ``left`` columns are text, the others numbers."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table; columns that hold words stand left, those of numbers right."""
     shown = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        words = any(isinstance(row[i], str) and row[i][:1].isalpha() for row in rows)
+        shown.add_column(column, justify="left" if words else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
     # Where there is no terminal nothing says how wide a line may be: let no column be folded.
@@ -50,7 +51,7 @@ def metrics_table(title: str, metrics: Mapping[str, Metrics]) -> None:
         for split, of_tasks in metrics.items()
         for task, values in of_tasks.items()
     ]
-    table(title, ["split", "task", *names], rows, left=2)
+    table(title, ["split", "task", *names], rows)
 
 
 def description_tables(description: Description) -> None:
@@ -66,13 +67,13 @@ def description_tables(description: Description) -> None:
         rows.append([f.name, f.kind, f.source, *shares, top])
     columns = ["feature", "kind", "source", "coverage", "distinct", "table rows", "OOV train", "OOV held out"]
     counts = ", ".join(f"{part} {count:,}" for part, count in description.rows.items())
-    table(f"rows: {counts}", [*columns, "most frequent, or range"], rows, left=3)
+    table(f"rows: {counts}", [*columns, "most frequent, or range"], rows)
     labels = [
         [label.name, part, label.known[part], share(label.rate[part])]
         for label in description.labels
         for part in label.known
     ]
-    table("labels", ["task", "part", "rows with the label", "positive"], labels, left=2)
+    table("labels", ["task", "part", "rows with the label", "positive"], labels)
 
 
 def share(value: float | None) -> str:
