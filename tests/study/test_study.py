@@ -1,0 +1,71 @@
+import json
+
+import pytest
+import yaml
+
+from mldcn.datasets.pinads import PinadsConfig, write_log
+from mldcn.errors import UserError
+from mldcn.study import load_recipe, run_study
+from mldcn.study.recipe import nested, overlay
+
+RECIPE = {
+    "title": "small",
+    "dataset": "pinads",
+    "config": {
+        "model": {"embedding": {"dim": 4}},
+        "training": {"batch_size": 256, "epochs": 1, "monitor": "click/auc"},
+    },
+    "rivals": {
+        "mldcn": {"interaction": {"name": "mldcn", "num_layers": 1, "rank": 24}},
+        "dnn": {"interaction": {"name": "dnn", "hidden": [32]}},
+    },
+    "search": {"model.embedding.dropout": [0.0, 0.1]},
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    write_log(folder, 4000, PinadsConfig(num_users=300, num_items=100))
+    return folder
+
+
+def test_a_study_runs_its_plan_once_and_grows(log, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    said = []
+    rows = run_study(load_recipe(recipe), log, tmp_path / "out", jobs=2, say=said.append)
+    assert [row.rival for row in rows] == ["mldcn", "dnn"]
+    assert abs(rows[1].flops / rows[0].flops - 1) < 0.01
+    assert all(len(row.values("auc")) == 2 for row in rows)
+    assert "4 runs, 0 finished before" in said
+    assert "4 runs, 2 finished before" in said  # the best trial's first seed is not trained again
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written[0]["test"] == rows[0].test
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+    assert "| mldcn |" in (tmp_path / "out" / "results.md").read_text()
+    again = []
+    run_study(load_recipe(recipe), log, tmp_path / "out", say=again.append)
+    assert "4 runs, 4 finished before" in again
+
+
+def test_wrong_recipes_are_refused(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({**RECIPE, "reference": "wukong"}))
+    with pytest.raises(UserError, match="is none of the rivals"):
+        load_recipe(file)
+    file.write_text(yaml.safe_dump({**RECIPE, "seed": 1}))
+    with pytest.raises(UserError, match="did you mean 'seeds'"):
+        load_recipe(file)
+
+
+def test_shipped_recipes_load(request):
+    for file in (request.config.rootpath / "recipes").glob("*.yaml"):
+        recipe = load_recipe(file)
+        assert recipe.reference in recipe.rivals
+
+
+def test_overlay_and_nested():
+    assert nested({"a.b": 1, "a.c": 2}) == {"a": {"b": 1, "c": 2}}
+    assert overlay({"a": {"b": 1}, "d": [1]}, {"a": {"c": 2}, "d": [2]}) == {"a": {"b": 1, "c": 2}, "d": [2]}
