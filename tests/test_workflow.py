@@ -211,14 +211,8 @@ def test_estimator_on_polars_pandas_and_arrow(tmp_path):
 
 
 def test_errors_are_one_line_on_stderr_and_exit_1(work, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["mldcn", "fit", str(work / "none.yaml")])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("mldcn: ")
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
+    error = fails(capsys, monkeypatch, "fit", work / "none.yaml")
+    assert error == f"mldcn: {work / 'none.yaml'}: cannot be read (No such file or directory)\n"
 
 
 def test_a_wrong_interaction_is_refused_before_anything_is_written(work):
@@ -247,3 +241,38 @@ def test_history_has_a_line_an_evaluation(work):
 )
 def test_help_carries_an_example(command):
     assert "Example: mldcn" in run(command, "--help")
+
+
+def fails(capsys, monkeypatch, *arguments):
+    """Runs a command as the shell would, expecting exit code 1; gives what it wrote to stderr."""
+    monkeypatch.setattr("sys.argv", ["mldcn", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_a_bug_is_one_line_too_and_a_traceback_where_asked(work, capsys, monkeypatch):
+    from mldcn import workflow
+
+    def broken(*_, **__):
+        raise KeyError("oops")
+
+    monkeypatch.setattr(workflow, "compare", broken)
+    runs = [work / "runs" / "a", work / "runs" / "a"]
+    error = fails(capsys, monkeypatch, "compare", *runs)
+    assert error.startswith("mldcn: internal error, KeyError")
+    assert "Traceback" not in error
+    monkeypatch.setenv("MLDCN_TRACEBACK", "")
+    assert "Traceback" in fails(capsys, monkeypatch, "--traceback", "compare", *runs)
+
+
+def test_a_finished_run_is_not_resumed_or_changed(work, capsys, monkeypatch):
+    run_path = work / "runs" / "a"
+    assert "is finished" in fails(capsys, monkeypatch, "fit", "--resume", run_path)
+    assert "--set changes a new run" in fails(
+        capsys, monkeypatch, "fit", "--resume", run_path, "--set", "a=1"
+    )
+    assert "holds a run already" in fails(capsys, monkeypatch, "fit", work / "mldcn.yaml", "--out", run_path)

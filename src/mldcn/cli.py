@@ -32,13 +32,20 @@ Settings = Annotated[
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake ends in a message and exit code 1, without a traceback."""
+    """Runs the command line; a mistake ends in a message and exit code 1, without a traceback."""
     try:
         app()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt as interrupt:
         fail(str(interrupt) or "interrupted", code=130)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    except Exception as error:
+        fail(f"internal error, {type(error).__name__}: {error}; please report what --traceback shows")
 
 
 def fail(message: str, code: int = 1) -> None:
@@ -144,10 +151,12 @@ def fit(
     if (config is None) == (resume is None):
         raise UserError("name either a config to train, or a run to go on with: --resume RUN")
     if resume is not None:
+        if settings:
+            raise UserError("--set changes a new run; a resumed one goes on with its own config")
         run = RunFolder.open(resume, finished=False)
         if run.info()["status"] == "finished":
             raise UserError(f"{resume}: the run is finished; there is nothing to resume")
-        loaded = load_config(run.config, settings)
+        loaded = load_config(run.config)
     else:
         assert config is not None
         loaded = load_config(config, settings)

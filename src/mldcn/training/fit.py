@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ class Position:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     seconds: float = 0.0  # spent training, evaluation apart
-    evaluated_step: int = -1
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class Summary:
     rows_per_second: float
     flops: dict[str, int]
     parameters: dict[str, int]
-    extras: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(
@@ -231,7 +229,6 @@ class Trainer:
         """Scores the validation rows; keeps the weights if they are the best; says whether to stop."""
         assert self.data.valid is not None
         config, position = self.config.training, self.position
-        position.evaluated_step = position.step
         with self.average.applied() if self.average else contextlib.nullcontext():
             metrics = self._evaluate(self.data.valid).metrics
             value = metrics[self.monitor_task][self.monitor]

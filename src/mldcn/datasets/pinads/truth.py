@@ -133,8 +133,14 @@ class Split:
 class World:
     """Users, items and the true probability of every task.
 
+    The probabilities are those of any user and item, whether a log has shown them together or not:
+
     >>> world = World(PinadsConfig(num_users=50, num_items=40))
-    >>> world.probability(users, items, contexts)  # (n, 4): click, good_click, outbound_click, save
+    >>> users, items = np.array([3, 3]), np.array([0, 39])
+    >>> noon = np.full(2, 1_700_000_000)
+    >>> contexts = Contexts(time=noon, surface=np.zeros(2, int), device=np.zeros(2, int), position=np.ones(2, int))
+    >>> world.probability(users, items, contexts).shape  # click, good_click, outbound_click, save
+    (2, 4)
     """
 
     def __init__(self, config: PinadsConfig) -> None:
