@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -22,13 +20,12 @@ def config(name="mldcn", structure="stacked", **options):
     )
 
 
-def ranker(positions=0, rate=None):
+def ranker(positions=0):
     torch.manual_seed(0)
     layout = EncodedLayout((IdSlot("ad", "ad", "item", 0, 1),), (), {"ad": 9}, ("click", "save"), positions)
     schema = Schema(
         features=(Categorical(name="ad", kind="categorical"),),
         labels=(Label(name="click"), Label(name="save")),
-        negative_sampling_rate=rate,
     )
     return Ranker(config(rank=2, num_layers=1), schema, layout).eval()
 
@@ -66,16 +63,7 @@ def test_positions_are_learned_and_fixed_in_serving():
     logged = torch.full((9,), 3)
     plain = model.scorer(model.embedder(IDS, DENSE))
     torch.testing.assert_close(model(IDS, DENSE, logged), plain + torch.tensor([6.0, 7.0]))
-    torch.testing.assert_close(model.served_logits(IDS, DENSE), plain + torch.tensor([2.0, 3.0]))
-
-
-def test_sampled_negatives_are_corrected_for_when_serving():
-    # Of 100 rows with 10 clicks a log that keeps a fifth of the negatives has 10 clicks in 28 rows.
-    sampled, kept = 10 / 28, 0.2
-    logit = torch.tensor(math.log(sampled / (1 - sampled)))
-    model = ranker(rate=kept)
-    shift = model.served_logits(IDS, DENSE) - model(IDS, DENSE)
-    assert torch.sigmoid(logit + shift[0, 0]).item() == pytest.approx(0.1, rel=1e-5)
+    torch.testing.assert_close(model(IDS, DENSE), plain + torch.tensor([2.0, 3.0]))
 
 
 def test_weights_round_trip_and_refuse_another_model(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -92,7 +91,6 @@ class Ranker(nn.Module):
         if layout.num_positions:
             self.position_bias = nn.Embedding(layout.num_positions + 1, len(layout.tasks))
             nn.init.zeros_(self.position_bias.weight)
-        self.sampling_logit = math.log(schema.negative_sampling_rate or 1.0)
 
     def forward(self, ids: Tensor, dense: Tensor, position: Tensor | None = None) -> Tensor:
         """Logits ``(B, T)`` of the log's own distribution.
@@ -112,15 +110,6 @@ class Ranker(nn.Module):
             return self.position_bias.weight[SERVING_POSITION]
         bias: Tensor = self.position_bias(position)
         return bias
-
-    def served_logits(self, ids: Tensor, dense: Tensor) -> Tensor:
-        """Logits at the serving position, corrected for the log's sampling of negatives.
-
-        A log that keeps a share w of its negatives has odds 1/w too high: add log w (He et al. 2014,
-        Section 6.3).
-        """
-        logits: Tensor = self(ids, dense)
-        return logits + self.sampling_logit
 
     def flops(self) -> dict[str, int]:
         """GEMM FLOPs per example by part; look-ups and element-wise work are not counted."""
@@ -158,10 +147,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes named tensors as safetensors, atomically."""
-    # safetensors refuses tensors that share storage; the clones of CPU tensors are short-lived.
-    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        save_file(owned, temporary)
+        save_file(plain, temporary)
 
 
 def pick_device(name: str) -> torch.device:

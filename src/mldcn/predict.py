@@ -58,8 +58,8 @@ class Predictor:
     def predict_table(self, table: pa.Table) -> NDArray[np.float32]:
         """Probabilities ``(n, T)`` of the rows of a table, as served.
 
-        The position is the serving position, sampled negatives are corrected for, and the run's calibrators
-        are applied. Only the features' columns are read.
+        The position is the serving position; the run's calibrators are applied, then sampled negatives are
+        corrected for. Only the features' columns are read.
         """
         blocks = table_blocks(table, self.config.data.block_rows)
         parts = [self.predict_block(block) for block in blocks]
@@ -77,9 +77,11 @@ class Predictor:
         for start in range(0, len(block.ids), size):
             ids = torch.from_numpy(block.ids[start : start + size]).to(self.device)
             dense = torch.from_numpy(block.dense[start : start + size]).to(self.device)
-            parts.append(torch.sigmoid(self.model.served_logits(ids, dense).float()).cpu().numpy())
+            parts.append(torch.sigmoid(self.model(ids, dense).float()).cpu().numpy())
         scores = np.concatenate(parts) if parts else np.zeros((0, len(self.tasks)), np.float32)
-        return calibrated(scores, self.tasks, self.calibrators)
+        # The calibrators were fitted on the log as it is, so they come before its sampling is undone.
+        scores = calibrated(scores, self.tasks, self.calibrators)
+        return unsampled(scores, self.config.log_schema.negative_sampling_rate)
 
 
 def calibrated(
@@ -93,6 +95,16 @@ def calibrated(
         for i, task in enumerate(tasks)
     ]
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+def unsampled(scores: NDArray[np.float32], rate: float | None) -> NDArray[np.float32]:
+    """Probabilities before a log dropped negatives: ``p / (p + (1 - p) / w)`` (He et al. 2014, Section 6.3).
+
+    Args:
+        scores: probabilities among the rows that the log kept, of any shape.
+        rate: the share w of the negatives that the log kept; None for all.
+    """
+    return scores if rate is None else scores / (scores + (1.0 - scores) / np.float32(rate))
 
 
 def predict_file(

@@ -1,0 +1,50 @@
+"""From a run's raw scores to the probabilities that are served."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from mldcn.config import Config, parse
+from mldcn.data.prepare import prepare
+from mldcn.predict import Predictor, unsampled
+from mldcn.run import RunFolder
+from mldcn.training.fit import fit
+
+
+def test_sampled_negatives_are_corrected_for():
+    # Of 100 rows with 10 clicks a log that keeps a fifth of the negatives has 10 clicks in 28 rows.
+    scores = np.array([[10 / 28, 0.0, 1.0]], np.float32)
+    np.testing.assert_allclose(unsampled(scores, 0.2), [[0.1, 0.0, 1.0]], rtol=1e-6)
+    assert unsampled(scores, None) is scores
+    assert unsampled(scores, 0.2).dtype == np.float32
+
+
+@pytest.mark.parametrize("calibration", ["platt", "isotonic"])
+def test_calibrators_see_the_log_as_it_is_before_its_sampling_is_undone(tmp_path, calibration):
+    rng = np.random.default_rng(0)
+    ad, rate = rng.integers(0, 20, 12_000), np.linspace(0.02, 0.3, 20)
+    click = rng.random(12_000) < rate[ad]
+    kept = click | (rng.random(12_000) < 0.1)
+    log = pl.DataFrame({"ad": ad, "click": click.astype(int)}).filter(pl.Series(kept))
+    log.write_parquet(tmp_path / "log.parquet")
+    raw = {
+        "data": {
+            "train": [str(tmp_path / "log.parquet")],
+            "split": {"kind": "hash", "valid": 0.5, "test": 0},
+        },
+        "schema": {
+            "features": [{"name": "ad", "kind": "categorical"}],
+            "labels": [{"name": "click"}],
+            "negative_sampling_rate": 0.1,
+        },
+        "model": {"embedding": {"dim": 2}, "interaction": {"rank": 2, "num_layers": 1}},
+        "training": {"threads": 1, "epochs": 30, "batch_size": 64, "optimiser": {"lr": 0.02}},
+        "evaluation": {"calibration": calibration},
+    }
+    config = parse(Config, raw, "test")
+    run = RunFolder.create(tmp_path / "run")
+    fit(config, run, prepare(config, tmp_path / "encoded"))
+    scores = Predictor.load(run.path, "cpu").predict_table(pl.DataFrame({"ad": range(20)}).to_arrow())
+    assert scores.mean() == pytest.approx(rate.mean(), rel=0.15)
+    assert scores.min() < 0.1
+    assert np.corrcoef(scores[:, 0], rate)[0, 1] > 0.9
