@@ -30,7 +30,9 @@ class Comparison:
         """A sentence a difference, that claims no more than the test shows."""
         for task, metric, d in self.differences:
             what = f"{task} {metric} ({d.method})"
-            if d.better is None:
+            if np.isnan(d.p_value):
+                yield f"{what}: undefined on these rows"
+            elif d.better is None:
                 yield f"{what}: no difference shown; B - A lies within [{d.low:+.5f}, {d.high:+.5f}]"
             else:
                 winner, loser = self.names if d.better == "a" else self.names[::-1]
@@ -120,7 +122,7 @@ def compare_predictions(
         known = ~np.isnan(labels)
         p_a, p_b = (t[f"{PROBABILITY}{task}"].to_numpy()[known] for t in (a, b))
         y, w, c = labels[known], weight[known], clusters[known]
-        if y.min(initial=1) == y.max(initial=0):
+        if not 0 < np.count_nonzero(y) < len(y):
             continue  # one class only: no metric is defined
         weights = None if (w == 1).all() else w
         if weights is None:
@@ -134,6 +136,9 @@ def compare_predictions(
 def _clusters(table: pa.Table) -> tuple[NDArray[np.int64], str]:
     for unit in ("user", "request"):
         values = table[unit].to_numpy()
-        if values.size and (values != 0).any():
-            return values, unit
+        unknown = values == 0
+        if not unknown.all():
+            # Rows whose user the log does not name stand alone: they are not one user's.
+            _, codes = np.unique(values, return_inverse=True)
+            return np.where(unknown, -1 - np.arange(len(values)), codes), unit
     return np.arange(table.num_rows), "row"

@@ -103,7 +103,7 @@ def _auc_intervals(run: RunFolder) -> dict[str, tuple[float, float]]:
         if name.startswith(LABEL):
             task = name.removeprefix(LABEL)
             labels, scores = table[name].to_numpy(), table[f"{PROBABILITY}{task}"].to_numpy()
-            difference = delong(labels, np.zeros_like(scores), scores)
+            difference = delong(labels, np.zeros_like(scores), scores, table["weight"].to_numpy())
             intervals[task] = (difference.a + difference.low, difference.a + difference.high)
     return intervals
 
