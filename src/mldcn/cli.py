@@ -164,7 +164,7 @@ def fit(
         name = out or Path("runs") / f"{config.stem}-{loaded.model.interaction['name']}"
         run = RunFolder.create(name, overwrite=force)
     encoding = EncodingProgress()
-    progress = FitProgress(monitored(loaded.training.monitor, loaded.log_schema.tasks))
+    progress = FitProgress(monitored(loaded))
     try:
         summary = workflow.train(
             loaded, run, resume=resume is not None, encoding=encoding, observers=[progress]

@@ -73,7 +73,7 @@ def run_demo(folder: Path, rows: int, seed: int) -> None:
         model = match_flops(model, layout, tasks, budget)
         config = base.model_copy(update={"model": base.model if name == REFERENCE else model})
         run = RunFolder.create(folder / "runs" / name, overwrite=True)
-        watcher = FitProgress(monitored(config.training.monitor, tasks), name)
+        watcher = FitProgress(monitored(config), name)
         try:
             entries.append(Entry(name, run, config, train(config, run, observers=[watcher])))
         finally:

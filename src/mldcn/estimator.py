@@ -93,7 +93,7 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             from mldcn.training.fit import monitored
 
             progress = EncodingProgress()
-            observers = [FitProgress(monitored(config.training.monitor, config.log_schema.tasks))]
+            observers = [FitProgress(monitored(config))]
         data = prepare(config, home / "encoded", progress)
         if progress is not None:
             progress.close()

@@ -104,7 +104,9 @@ def unsampled(scores: NDArray[np.float32], rate: float | None) -> NDArray[np.flo
         scores: probabilities among the rows that the log kept, of any shape.
         rate: the share w of the negatives that the log kept; None for all.
     """
-    return scores if rate is None else scores / (scores + (1.0 - scores) / np.float32(rate))
+    if rate is None:
+        return scores
+    return (scores / (scores + (1.0 - scores) / rate)).astype(np.float32, copy=False)
 
 
 def predict_file(

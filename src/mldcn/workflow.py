@@ -19,6 +19,7 @@ from mldcn.data.reading import open_log
 from mldcn.data.shards import EncodedRows, ShardWriter
 from mldcn.embedding.embedder import table_widths
 from mldcn.metrics import Difference, delong
+from mldcn.model import pick_device
 from mldcn.predict import Predictor
 from mldcn.report import Bins, FeatureSummary, RunSummary, run_page
 from mldcn.report import Difference as ShownDifference
@@ -37,10 +38,11 @@ def check(config: Config) -> None:
     """Refuses what only shows when a model is built, before a long encoding starts.
 
     Raises:
-        UserError: an interaction, option, task or metric is not known.
+        UserError: an interaction, option, task, metric or device is not known or not there.
     """
     interactions.parse(config.model.interaction)
-    monitored(config.training.monitor, config.log_schema.tasks)
+    monitored(config)
+    pick_device(config.training.device)
 
 
 def encoded_folder(config: Config, run: Path) -> Path:
@@ -70,7 +72,9 @@ def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference]
     """What a report shows of a finished run; ``differences`` in AUC to a reference run, by task."""
     info, metrics = run.info(), run.read_json("metrics.json")
     config = load_config(run.config)
-    options = {k: v for k, v in config.model.interaction.items() if k != "name"}
+    name_only = {"name": config.model.interaction["name"]}
+    usual = interactions.parse(name_only).model_dump(mode="json")
+    options = {k: v for k, v in config.model.interaction.items() if v != usual.get(k)}
     reliability = run.read_json("reliability.json") if (run.path / "reliability.json").exists() else {}
     history = run.history.read_text(encoding="utf-8").splitlines() if run.history.exists() else []
     intervals = _auc_intervals(run) if run.predictions.exists() else {}
@@ -133,10 +137,11 @@ def write_report(run: RunFolder) -> None:
     """Writes a finished run's page."""
     info = run.info()
     rows = ", ".join(f"{split} {count:,}" for split, count in info["rows"].items())
+    which = "the best on validation" if "valid" in info["rows"] else "the last, since no rows validate"
     page = run_page(
         f"Run {run.path.name}",
         run_summary(run.path.name, run),
-        protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, the best on validation.",
+        protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, {which}.",
         features=_features(run, load_config(run.config)),
         next_steps=[
             ("Score new rows", f"mldcn predict {run.path} NEW_LOG --out scores.csv"),

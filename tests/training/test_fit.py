@@ -2,16 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from mldcn.config import Config, parse
+from mldcn import interactions
+from mldcn.config import Config, load_config, parse
 from mldcn.data.prepare import prepare
 from mldcn.errors import UserError
 from mldcn.model import Ranker
+from mldcn.predict import Predictor
 from mldcn.run import RunFolder
 from mldcn.training.evaluate import evaluate
 from mldcn.training.fit import Trainer, fit, monitored
@@ -142,15 +145,88 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(folder, tmp_path,
         train(folder, tmp_path)
 
 
-def test_unknown_monitors_are_refused():
-    assert monitored("auc", ("click", "save")) == ("click", "auc")
-    assert monitored("save/hit@3", ("click", "save")) == ("save", "hit@3")
-    with pytest.raises(UserError, match="no task 'buy'"):
-        monitored("buy/auc", ("click",))
-    with pytest.raises(UserError, match="no metric"):
-        monitored("auk", ("click",))
-    with pytest.raises(UserError, match="neither high nor low"):
-        monitored("calibration", ("click",))
+def test_the_monitor_names_a_task_and_a_metric_that_is_measured(folder):
+    def asked(monitor, **schema):
+        return monitored(config(folder, training={"monitor": monitor}, schema=schema))
+
+    assert asked("auc") == ("click", "auc")
+    assert asked("long/hit@3", request="request") == ("long", "hit@3")
+    assert asked("gauc", request="request") == asked("gauc", user="user") == ("click", "gauc")
+    for monitor, schema, message in (
+        ("buy/auc", {}, "no task 'buy'"),
+        ("auk", {}, "no metric"),
+        ("calibration", {}, "neither high nor low"),
+        ("gauc", {}, "name the column in schema.user"),
+        ("hit@3", {"user": "user"}, "name the column in schema.request"),
+        ("hit@5", {"request": "request"}, "add 5 to evaluation.hit_at"),
+    ):
+        with pytest.raises(UserError, match=message):
+            asked(monitor, **schema)
+
+
+def test_a_run_shorter_than_eval_steps_is_evaluated_at_its_end(folder, tmp_path):
+    summary = train(folder, tmp_path, training={"eval_steps": 1000, "epochs": 1})
+    assert summary.best_step == summary.steps
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_spells_out_every_option_of_its_interaction(folder, tmp_path):
+    train(folder, tmp_path, training={"epochs": 1})
+    saved = load_config(tmp_path / "run" / "config.yaml").model.interaction
+    assert saved == interactions.parse({"name": "mldcn", "rank": 2, "num_layers": 1}).model_dump(mode="json")
+
+
+def test_calibration_needs_validation_rows_and_is_saved_where_it_found_nothing_to_fit(folder, tmp_path):
+    wanted = config(folder, evaluation={"calibration": "platt"}, training={"epochs": 1})
+    data = prepare(wanted, tmp_path / "encoded")
+    with pytest.raises(UserError, match="data.split gives none"):
+        fit(wanted, RunFolder.create(tmp_path / "run"), replace(data, valid=None))
+    schema = {"labels": [{"name": "click", "at_least": 2}]}
+    never = config(folder, evaluation={"calibration": "platt"}, training={"epochs": 1}, schema=schema)
+    fit(never, RunFolder.create(tmp_path / "never"), prepare(never, tmp_path / "never-encoded"))
+    assert Predictor.load(tmp_path / "never").calibrators == {}
+
+
+@pytest.fixture
+def stopped(folder, tmp_path, monkeypatch):
+    """A config, its data, and a run of it that was cut off in the middle of an epoch."""
+    wanted = config(
+        folder,
+        training={
+            "ema": 0.9,
+            "checkpoint_steps": 5,
+            "eval_steps": 9,
+            "patience": 50,
+            "optimiser": {"lr": 0.02, "schedule": "cosine", "table": "rowwise_adagrad"},
+        },
+        model={"embedding": {"dim": 4, "dropout": 0.2, "normalise": "batch"}, "deep": {"dropout": 0.2}},
+    )
+    data = prepare(wanted, tmp_path / "encoded")
+    whole = Trainer._step
+
+    def dying(self, batch):
+        if self.position.step == 23:
+            raise KeyboardInterrupt
+        return whole(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", dying)
+        fit(wanted, RunFolder.create(tmp_path / "stopped"), data)
+    return wanted, data, RunFolder.open(tmp_path / "stopped", finished=False)
+
+
+def test_resuming_inside_an_epoch_restores_dropout_average_schedule_and_order(stopped, tmp_path):
+    wanted, data, run = stopped
+    fit(wanted, run, data, resume=True)
+    fit(wanted, RunFolder.create(tmp_path / "whole"), data)
+    for name in ("weights.safetensors", "metrics.json", "history.jsonl", "predictions.arrow"):
+        assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_run_is_not_resumed_on_another_log(stopped):
+    wanted, data, run = stopped
+    with pytest.raises(UserError, match="not those that this run began with"):
+        fit(wanted, run, replace(data, fingerprint={"files": {}}), resume=True)
 
 
 def test_training_without_validation_keeps_the_last_weights(folder, tmp_path):

@@ -10,7 +10,6 @@ from torch import nn
 from mldcn.config import OptimiserConfig
 from mldcn.training.checkpoint import load_checkpoint, save_checkpoint
 from mldcn.training.ema import WeightAverage
-from mldcn.training.loading import prefetch
 from mldcn.training.loss import task_loss
 from mldcn.training.schedule import lr_factor
 
@@ -74,22 +73,6 @@ def test_average_of_touched_rows_equals_the_dense_average():
             torch.testing.assert_close(parameter.double(), expected[name], atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, raw[name])
-
-
-def test_prefetch_keeps_order_passes_errors_on_and_can_be_left():
-    assert list(prefetch(iter(range(100)))) == list(range(100))
-
-    def failing():
-        yield 1
-        raise OSError("disk")
-
-    items = prefetch(failing())
-    assert next(items) == 1
-    with pytest.raises(OSError, match="disk"):
-        next(items)
-    endless = prefetch(iter(int, 1))
-    next(endless)
-    endless.close()
 
 
 def test_checkpoints_round_trip_and_skip_damage(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +20,7 @@ from mldcn.data.prepare import prepare
 from mldcn.embedding import Embedder
 from mldcn.errors import UserError
 from mldcn.layout import FieldLayout
+from mldcn.metrics import metric_info
 from mldcn.run import RunFolder, write_text
 from mldcn.study.recipe import Recipe, nested, overlay
 from mldcn.study.summary import Row, to_json, to_markdown
@@ -132,7 +134,7 @@ def _run(job: Job, threads: int) -> str:
     if not resume:
         run = RunFolder.create(job.folder)
     summary = fit(config, run, data, resume=resume)
-    task, metric = monitored(config.training.monitor, config.log_schema.tasks)
+    task, metric = monitored(config)
     return f"validation {metric} {summary.metrics['valid'][task][metric]:.5f}, {summary.seconds:.0f} s"
 
 
@@ -145,8 +147,11 @@ def _finished(folder: Path) -> bool:
 
 def _best_trial(tuned: list[Job]) -> int:
     def value(job: Job) -> float:
-        task, metric = monitored(job.config.training.monitor, job.config.log_schema.tasks)
-        return float(RunFolder(job.folder).read_json("metrics.json")["valid"][task][metric])
+        task, metric = monitored(job.config)
+        found = float(RunFolder(job.folder).read_json("metrics.json")["valid"][task][metric])
+        if math.isnan(found):
+            return -math.inf
+        return found if metric_info(metric).higher_is_better else -found
 
     return max(tuned, key=value).trial
 

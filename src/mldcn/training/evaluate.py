@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from mldcn.comparison import PredictionWriter
 from mldcn.config import Config
+from mldcn.data.pipeline import ahead
 from mldcn.data.shards import EncodedRows
 from mldcn.metrics import Isotonic, MetricStream, Platt
 from mldcn.model import Ranker
 from mldcn.predict import calibrated
-from mldcn.training.loading import prefetch
 
 Calibrators = dict[str, Platt | Isotonic]
 Scores = NDArray[np.float32]
@@ -116,7 +116,7 @@ def score(
     model.eval()
     try:
         start = 0
-        for batch in prefetch(rows.batches(batch_size)):
+        for batch in ahead(rows.batches(batch_size)):
             there = batch.to(device, non_blocking=True)
             logits = model.scorer(model.embedder(there.ids, there.dense)).float()
             logged = served = torch.sigmoid(logits).cpu().numpy()

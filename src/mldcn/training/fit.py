@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mldcn import __version__
+from mldcn import __version__, interactions
 from mldcn.config import Config, OptimiserConfig, dump_config
 from mldcn.data.batch import Batch
+from mldcn.data.pipeline import ahead
 from mldcn.data.prepare import EncodedData
 from mldcn.data.shards import EncodedRows
 from mldcn.errors import UserError
@@ -33,7 +34,6 @@ from mldcn.training.checkpoint import (
 )
 from mldcn.training.ema import WeightAverage
 from mldcn.training.evaluate import Evaluation, evaluate, fit_calibrators
-from mldcn.training.loading import prefetch
 from mldcn.training.loss import task_loss
 from mldcn.training.observers import Metrics, MLflow, Observer, Progress, TensorBoard
 from mldcn.training.schedule import lr_factor
@@ -89,7 +89,8 @@ def fit(
         observers: told of the progress.
 
     Raises:
-        UserError: the loss is no longer finite, or the monitored metric is not known.
+        UserError: the loss is no longer finite, the monitored metric is not measured, a calibrator has no
+            validation rows to be fitted on, or the log is not the one that the interrupted run began with.
         Interrupted: Ctrl-C or SIGTERM; the newest checkpoint holds everything up to it.
     """
     trainer = Trainer(config, run, data, observers)
@@ -106,10 +107,14 @@ class Trainer:
         if training.threads is not None:
             torch.set_num_threads(training.threads)
         torch.manual_seed(training.seed)
-        self.config, self.run, self.data = config, run, data
+        if data.valid is None and config.evaluation.calibration != "none":
+            raise UserError(
+                "evaluation.calibration: a calibrator is fitted on validation rows, and data.split gives none"
+            )
+        self.config, self.run, self.data = _spelled_out(config), run, data
         self.device = pick_device(training.device)
         self.model = Ranker(config.model, config.log_schema, data.encoder.layout).to(self.device)
-        self.monitor_task, self.monitor = monitored(training.monitor, self.model.tasks)
+        self.monitor_task, self.monitor = monitored(config)
         if training.compile:
             self.model.scorer.compile()
         self.tables = self.model.embedder.tables()
@@ -128,6 +133,11 @@ class Trainer:
         """Trains to the end, then measures the best weights."""
         state = load_checkpoint(self.run.checkpoints) if resume else None
         if state is not None:
+            if self.run.info().get("data") != self.data.fingerprint:
+                raise UserError(
+                    f"{self.run.path}: the log's files are not those that this run began with; put them back, "
+                    "or train anew"
+                )
             self._restore(state)
         else:
             self._describe_run()
@@ -153,16 +163,18 @@ class Trainer:
                     rate = (position.step - first_step) * config.batch_size / (time.perf_counter() - started)
                     self._report(losses, rate)
                     losses.clear()
-                due = position.step % config.eval_steps == 0 if config.eval_steps else epoch_over
+                due = epoch_over if config.eval_steps is None else position.step % config.eval_steps == 0
+                due = due or position.step == self.total_steps
                 if due and self.data.valid is not None:
                     position.seconds += time.perf_counter() - started
-                    stop = self._validate()
-                    started, first_step = time.perf_counter(), position.step
-                    if stop:
+                    if self._validate():
                         return
+                    started = time.perf_counter()
                 at_checkpoint = config.checkpoint_steps and position.step % config.checkpoint_steps == 0
                 if due or epoch_over or at_checkpoint or asked.is_set():
+                    position.seconds += time.perf_counter() - started
                     self._checkpoint()
+                    started, first_step = time.perf_counter(), position.step
                 if asked.is_set():
                     raise Interrupted(f"{self.run.path}: stopped at step {position.step}")
             position.epoch, position.batch = position.epoch + 1, 0
@@ -170,7 +182,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         config, position = self.config.training, self.position
-        return prefetch(
+        return ahead(
             self.data.train.batches(
                 config.batch_size,
                 shuffle=True,
@@ -264,8 +276,8 @@ class Trainer:
         if self.data.valid is not None:
             valid = self._evaluate(self.data.valid, keep=self.config.evaluation.calibration != "none")
             metrics["valid"] = valid.metrics
-            calibrators = fit_calibrators(self.config.evaluation.calibration, valid)
-            if calibrators:
+            if self.config.evaluation.calibration != "none":
+                calibrators = fit_calibrators(self.config.evaluation.calibration, valid)
                 self.run.write_json("calibrators.json", {t: c.to_json() for t, c in calibrators.items()})
         if self.data.test is not None:
             test = self._evaluate(self.data.test, predictions=self.run.predictions, calibrators=calibrators)
@@ -371,13 +383,20 @@ def build_optimisers(config: OptimiserConfig, model: Ranker) -> list[torch.optim
     return built
 
 
-def monitored(monitor: str, tasks: Sequence[str]) -> tuple[str, str]:
+def _spelled_out(config: Config) -> Config:
+    """The config with every option of its interaction, so that a run outlives a change of defaults."""
+    interaction = interactions.parse(config.model.interaction).model_dump(mode="json")
+    return config.model_copy(update={"model": config.model.model_copy(update={"interaction": interaction})})
+
+
+def monitored(config: Config) -> tuple[str, str]:
     """The task and metric that ``training.monitor`` names: ``auc`` is the first task's, or ``task/metric``.
 
     Raises:
-        UserError: there is no such task or metric.
+        UserError: there is no such task or metric, or the schema and config do not have it measured.
     """
-    task, slash, metric = monitor.rpartition("/")
+    schema, tasks = config.log_schema, config.log_schema.tasks
+    task, slash, metric = config.training.monitor.rpartition("/")
     task = task if slash else tasks[0]
     if task not in tasks:
         raise UserError(f"training.monitor: no task {task!r}; the tasks are {', '.join(tasks)}")
@@ -385,6 +404,15 @@ def monitored(monitor: str, tasks: Sequence[str]) -> tuple[str, str]:
         raise UserError(
             f"training.monitor: {metric!r} is best at 1, neither high nor low; use logloss or ece"
         )
+    by_group, at, k = metric.partition("@")
+    if by_group == "gauc" and not (schema.user or schema.request):
+        raise UserError("training.monitor: gauc ranks within a user; name the column in schema.user")
+    if at and not schema.request:
+        raise UserError(
+            f"training.monitor: {metric} ranks within a request; name the column in schema.request"
+        )
+    if at and int(k) not in config.evaluation.hit_at:
+        raise UserError(f"training.monitor: {metric} is not measured; add {k} to evaluation.hit_at")
     return task, metric
 
 

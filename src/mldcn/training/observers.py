@@ -14,7 +14,9 @@ Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. ``loss`` is the mean since the last report; rates are since the start or resume."""
+    """Where a run stands. ``loss`` is the mean since the last report; the rate is that since the last
+    evaluation or checkpoint.
+    """
 
     step: int
     total_steps: int
