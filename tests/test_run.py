@@ -32,6 +32,34 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_a_run_that_failed_before_its_training_makes_room(tmp_path):
+    run = RunFolder.create(tmp_path / "a")
+    with pytest.raises(UserError, match="failed before its training began"):
+        RunFolder.open(run.path, finished=False)
+    RunFolder.create(tmp_path / "a").write_info({"status": "running"})
+    with pytest.raises(UserError, match="holds a run already"):
+        RunFolder.create(tmp_path / "a")
+
+
+@pytest.mark.parametrize("killed_in", ["write_json", "write_info"])
+def test_a_run_killed_while_it_finishes_keeps_its_checkpoints(tmp_path, monkeypatch, killed_in):
+    run = RunFolder.create(tmp_path / "a")
+    run.write_info({"status": "running"})
+    run.checkpoints.mkdir()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, killed_in, killed)
+        run.finish()
+    assert run.checkpoints.exists()
+    assert RunFolder.open(run.path, finished=False).info()["status"] == "running"
+    run.finish()
+    assert not run.checkpoints.exists()
+    RunFolder.open(run.path)
+
+
 def test_damage_is_found(tmp_path):
     run = finished(tmp_path / "a")
     run.weights.write_bytes(b"weighty")
@@ -44,6 +72,7 @@ def test_damage_is_found(tmp_path):
 
 def test_unfinished_and_foreign_versions_are_refused_by_name(tmp_path):
     run = RunFolder.create(tmp_path / "a")
+    run.write_info({"status": "running"})
     with pytest.raises(UserError, match="not finished"):
         RunFolder.open(run.path)
     (run.path / "run.json").write_text(json.dumps({"format": 99}))

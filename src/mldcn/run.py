@@ -8,9 +8,11 @@ weights.safetensors  the best weights
 calibrators.json     only where the config asks for them
 history.jsonl        a line an evaluation
 metrics.json         validation and test metrics of the best weights
+reliability.json     the test rows' reliability curves
 predictions.arrow    the test rows' labels and probabilities, for ``mldcn compare``
 checkpoints/         the last few states of an unfinished run
 manifest.json        checksums of all the above, written when the run is finished
+report.html, tensorboard/   for people; no checksum vouches for them
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from mldcn.errors import UserError
 
 FORMAT = 1
 VERSIONED = "run.json"
+_UNVOUCHED = ("manifest.json", "report.html", "tensorboard", "checkpoints")
 
 
 class RunFolder:
@@ -73,14 +76,15 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False) -> RunFolder:
-        """A new, empty folder.
+        """A new, empty folder. A run that failed before its training began is replaced unasked.
 
         Raises:
             UserError: something is there already, and ``overwrite`` is false or it is no run's folder.
         """
         run = cls(path)
         if run.path.exists() and any(run.path.iterdir()):
-            if not overwrite:
+            begun = not (run.path / VERSIONED).exists() or run.info().get("status") != "new"
+            if begun and not overwrite:
                 raise UserError(
                     f"{path}: holds a run already; go on with --resume, replace it with --force, or name "
                     "another folder with --out"
@@ -106,6 +110,8 @@ class RunFolder:
                 f"{path}: a run of format {info.get('format')}; this version of mldcn reads format {FORMAT}. "
                 "Train it again, or use the mldcn version named in its run.json"
             )
+        if info.get("status") == "new":
+            raise UserError(f"{path}: the run failed before its training began; train it anew")
         if finished:
             if info.get("status") != "finished":
                 raise UserError(f"{path}: the run is not finished; go on with 'mldcn fit --resume {path}'")
@@ -127,7 +133,7 @@ class RunFolder:
 
     def write_info(self, info: dict[str, Any]) -> None:
         """Writes ``run.json``."""
-        self.write_json(VERSIONED, {"format": FORMAT, **info})
+        write_text(self.path / VERSIONED, _json({"format": FORMAT, **info}))
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the folder.
@@ -145,14 +151,19 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file of the folder atomically."""
-        write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.path / name, _json(value))
 
     def finish(self) -> None:
-        """Marks the run finished: checkpoints are removed, checksums written."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.write_info({**self.info(), "status": "finished"})
+        """Marks the run finished: checksums written, checkpoints removed.
+
+        Killed at any point, it leaves a run that can be resumed or one that is finished.
+        """
+        info = {**self.info(), "status": "finished"}
         sums = {str(file.relative_to(self.path)): checksum(file) for file in self._files()}
+        sums[VERSIONED] = f"{zlib.crc32(_json(info).encode()):08x}"
         self.write_json("manifest.json", {"format": FORMAT, "crc32": sums})
+        self.write_info(info)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def verify(self) -> None:
         """Checks every file against the manifest.
@@ -174,8 +185,12 @@ class RunFolder:
         """The files that the manifest vouches for: all but pages and logs made for people."""
         for file in sorted(self.path.rglob("*")):
             relative = file.relative_to(self.path)
-            if file.is_file() and relative.parts[0] not in ("manifest.json", "report.html", "tensorboard"):
+            if file.is_file() and relative.parts[0] not in _UNVOUCHED:
                 yield file
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def checksum(path: Path) -> str:
