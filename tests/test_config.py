@@ -3,6 +3,7 @@ import yaml
 
 from mldcn.config import Config, dump_config, load_config, parse
 from mldcn.errors import UserError
+from mldcn.schema import Schema
 
 MINIMAL = {"schema": {"features": [{"name": "ad", "kind": "categorical"}], "labels": [{"name": "click"}]}}
 
@@ -93,3 +94,12 @@ def test_yaml_cannot_run_code(tmp_path):
     file.write_text("schema: !!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="not YAML"):
         load_config(file)
+
+
+def test_a_label_is_no_feature():
+    raw = {
+        "features": [{"name": "a", "kind": "numeric"}, {"name": "b", "kind": "numeric", "column": "clicked"}],
+        "labels": [{"name": "click", "column": "clicked"}],
+    }
+    with pytest.raises(UserError, match="column 'clicked' is a label"):
+        parse(Schema, raw, "test")

@@ -204,6 +204,10 @@ def test_estimator_on_polars_pandas_and_arrow(tmp_path):
     loaded = CTRModel.load(tmp_path / "saved")
     np.testing.assert_array_equal(from_polars, loaded.predict_proba(features))
     assert loaded.get_params()["interaction"]["rank"] == 4
+    with pytest.raises(UserError, match="has a column 'click' already"):
+        model.fit(log, log["click"])
+    with pytest.raises(UserError, match="has a column 'click' already"):
+        CTRModel(schema=loaded.schema).fit(log, log["click"])
     with pytest.raises(UserError, match="not trained"):
         CTRModel().predict(features)
     with pytest.raises(UserError, match="expected a Polars"):
@@ -274,5 +278,8 @@ def test_a_finished_run_is_not_resumed_or_changed(work, capsys, monkeypatch):
     assert "is finished" in fails(capsys, monkeypatch, "fit", "--resume", run_path)
     assert "--set changes a new run" in fails(
         capsys, monkeypatch, "fit", "--resume", run_path, "--set", "a=1"
+    )
+    assert "--out and --force are for a new run" in fails(
+        capsys, monkeypatch, "fit", "--resume", run_path, "--out", work / "elsewhere"
     )
     assert "holds a run already" in fails(capsys, monkeypatch, "fit", work / "mldcn.yaml", "--out", run_path)

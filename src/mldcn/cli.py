@@ -153,6 +153,8 @@ def fit(
     if resume is not None:
         if settings:
             raise UserError("--set changes a new run; a resumed one goes on with its own config")
+        if out is not None or force:
+            raise UserError("--out and --force are for a new run; a resumed one goes on in its own folder")
         run = RunFolder.open(resume, finished=False)
         if run.info()["status"] == "finished":
             raise UserError(f"{resume}: the run is finished; there is nothing to resume")

@@ -69,7 +69,7 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             X: a Polars or pandas frame or an Arrow table, with the label columns unless ``y`` is given.
-            y: the label of each row; it is taken as a column named ``label``, or as the estimator's label.
+            y: the label of each row, in place of the column of the (first) label.
 
         Raises:
             UserError: the table or the options say something that cannot be.
@@ -78,7 +78,9 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         table = as_arrow(X)
         if y is not None:
-            name = self.label or "label"
+            name = self._label_column()
+            if name in table.column_names:
+                raise UserError(f"the table has a column {name!r} already; drop it, or leave y out")
             table = table.append_column(name, pa.array(np.asarray(y)))
         self._discard()
         self._folder = tempfile.TemporaryDirectory(prefix="mldcn-")
@@ -155,6 +157,11 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if hasattr(self, "_folder"):
             self._folder.cleanup()
 
+    def _label_column(self) -> str:
+        if self.schema is None:
+            return self.label or "label"
+        return parse(Schema, _plain(self.schema), "CTRModel: schema").labels[0].log_column
+
     def _config(self, table: pa.Table, log: Path, labels_given: bool) -> Config:
         if self.schema is None:
             from mldcn.data.inference import infer, to_yaml
@@ -162,9 +169,7 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             label = self.label or ("label" if labels_given else None)
             schema: Any = yaml.safe_load(to_yaml(infer(table, label=label), log))["schema"]
         else:
-            schema = self.schema
-        if isinstance(schema, Schema):
-            schema = schema.model_dump(mode="json")
+            schema = _plain(self.schema)
         interaction = {"name": self.interaction} if isinstance(self.interaction, str) else self.interaction
         raw = {
             "data": {"train": [str(log)], "split": {"kind": "hash", "valid": self.valid, "test": 0.0}},
@@ -173,6 +178,10 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "training": {**(self.training or {}), "seed": self.seed},
         }
         return parse(Config, raw, "CTRModel")
+
+
+def _plain(schema: Schema | Mapping[str, Any]) -> dict[str, Any]:
+    return schema.model_dump(mode="json") if isinstance(schema, Schema) else dict(schema)
 
 
 def as_arrow(table: Any) -> pa.Table:

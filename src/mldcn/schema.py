@@ -187,6 +187,10 @@ class Schema(Strict):
             twice = [name for name, count in Counter(names).items() if count > 1]
             if twice:
                 raise ValueError(f"{what} names must be distinct; given twice: {', '.join(twice)}")
+        label_columns = {label.log_column for label in self.labels}
+        for name in self.feature_columns():
+            if name in label_columns and name != self.time:
+                raise ValueError(f"column {name!r} is a label, so no feature may read it: remove the feature")
         tables = {f.name: f for f in self.features if isinstance(f, TableFeature)}
         for feature in tables.values():
             if feature.share is not None:

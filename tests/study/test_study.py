@@ -3,9 +3,12 @@ import json
 import pytest
 import yaml
 
+from mldcn.config import Config, parse
 from mldcn.datasets.pinads import PinadsConfig, write_log
 from mldcn.errors import UserError
+from mldcn.run import RunFolder
 from mldcn.study import load_recipe, run_study
+from mldcn.study.engine import Job, _best_trial
 from mldcn.study.recipe import nested, overlay
 
 RECIPE = {
@@ -48,6 +51,27 @@ def test_a_study_runs_its_plan_once_and_grows(log, tmp_path):
     again = []
     run_study(load_recipe(recipe), log, tmp_path / "out", say=again.append)
     assert "4 runs, 4 finished before" in again
+    changed = {**RECIPE, "search": {"model.embedding.dropout": [0.0, 0.2]}}
+    recipe.write_text(yaml.safe_dump(changed, sort_keys=False))
+    with pytest.raises(UserError, match="trial-01-seed-0: holds a run of another config"):
+        run_study(load_recipe(recipe), log, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("metric", "best"), [("logloss", 1), ("auc", 2)])
+def test_the_best_trial_follows_the_metric_s_direction(tmp_path, metric, best):
+    config = parse(
+        Config,
+        {
+            "schema": {"features": [{"name": "a", "kind": "numeric"}], "labels": [{"name": "click"}]},
+            "training": {"monitor": metric},
+        },
+        "test",
+    )
+    jobs = []
+    for trial, value in enumerate((float("nan"), 0.4, 0.6)):
+        jobs.append(Job("dnn", trial, 0, tmp_path / str(trial), config))
+        RunFolder(tmp_path / str(trial)).write_json("metrics.json", {"valid": {"click": {metric: value}}})
+    assert _best_trial(jobs) == best
 
 
 def test_wrong_recipes_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mldcn import datasets
-from mldcn.config import Config, parse, read_yaml
+from mldcn.config import Config, DataConfig, load_config, parse, read_yaml
 from mldcn.cost.budget import match_flops, scorer_flops
 from mldcn.data.prepare import prepare
 from mldcn.embedding import Embedder
@@ -24,7 +24,7 @@ from mldcn.metrics import metric_info
 from mldcn.run import RunFolder, write_text
 from mldcn.study.recipe import Recipe, nested, overlay
 from mldcn.study.summary import Row, to_json, to_markdown
-from mldcn.training.fit import fit, monitored
+from mldcn.training.fit import fit, monitored, spelled_out
 
 Say = Callable[[str], None]
 
@@ -110,7 +110,7 @@ def _matched(
 
 
 def _run_all(planned: list[Job], jobs: int, say: Say) -> None:
-    todo = [job for job in planned if not _finished(job.folder)]
+    todo = [job for job in planned if not _finished(job)]
     say(f"{len(planned)} runs, {len(planned) - len(todo)} finished before")
     # Processes are started afresh: a forked one would inherit the parent's thread pools.
     context = multiprocessing.get_context("spawn")
@@ -138,11 +138,28 @@ def _run(job: Job, threads: int) -> str:
     return f"validation {metric} {summary.metrics['valid'][task][metric]:.5f}, {summary.seconds:.0f} s"
 
 
-def _finished(folder: Path) -> bool:
-    try:
-        return bool(RunFolder(folder).info().get("status") == "finished")
-    except UserError:
+def _finished(job: Job) -> bool:
+    """Whether the job's run is there and whole.
+
+    Raises:
+        UserError: another config was trained there, as after a change of the recipe.
+    """
+    run = RunFolder(job.folder)
+    if not run.config.exists():
         return False
+    if _what_counts(load_config(run.config)) != _what_counts(job.config):
+        raise UserError(
+            f"{job.folder}: holds a run of another config; has the recipe changed? Remove the folder, or name "
+            "another with --out"
+        )
+    return bool(run.info().get("status") == "finished")
+
+
+def _what_counts(config: Config) -> Config:
+    """The config without what does not change a result: threads, and where the log lies."""
+    config = spelled_out(config)
+    training = config.training.model_copy(update={"threads": None})
+    return config.model_copy(update={"training": training, "data": DataConfig()})
 
 
 def _best_trial(tuned: list[Job]) -> int:

@@ -111,7 +111,7 @@ class Trainer:
             raise UserError(
                 "evaluation.calibration: a calibrator is fitted on validation rows, and data.split gives none"
             )
-        self.config, self.run, self.data = _spelled_out(config), run, data
+        self.config, self.run, self.data = spelled_out(config), run, data
         self.device = pick_device(training.device)
         self.model = Ranker(config.model, config.log_schema, data.encoder.layout).to(self.device)
         self.monitor_task, self.monitor = monitored(config)
@@ -383,7 +383,7 @@ def build_optimisers(config: OptimiserConfig, model: Ranker) -> list[torch.optim
     return built
 
 
-def _spelled_out(config: Config) -> Config:
+def spelled_out(config: Config) -> Config:
     """The config with every option of its interaction, so that a run outlives a change of defaults."""
     interaction = interactions.parse(config.model.interaction).model_dump(mode="json")
     return config.model_copy(update={"model": config.model.model_copy(update={"interaction": interaction})})
