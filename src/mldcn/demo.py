@@ -10,10 +10,9 @@ from typing import Any
 
 from mldcn.config import Config, parse
 from mldcn.console import EncodingProgress, FitProgress, err, number, out, table
-from mldcn.cost.budget import match_flops, scorer_flops
+from mldcn.cost.budget import match_flops, scorer_flops, x0_layout
 from mldcn.data.prepare import prepare
 from mldcn.datasets.pinads import PinadsConfig, pinads_config, write_log
-from mldcn.embedding import Embedder
 from mldcn.errors import UserError
 from mldcn.metrics import Difference
 from mldcn.report import comparison_page
@@ -63,7 +62,7 @@ def run_demo(folder: Path, rows: int, seed: int) -> None:
     progress = EncodingProgress()
     data = prepare(base, encoded_folder(base, folder / "runs" / REFERENCE), progress)
     progress.close()
-    layout = Embedder(data.encoder.layout, base.log_schema, base.model.embedding).layout
+    layout = x0_layout(base.model, base.log_schema, data.encoder.layout)
     tasks = data.encoder.layout.tasks
     budget = scorer_flops(base.model, layout, tasks)
     err.print(f"x0 has {layout.width} columns; every model costs about {budget:,} FLOPs an impression")

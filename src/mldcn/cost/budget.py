@@ -9,10 +9,25 @@ import torch
 
 from mldcn.config import ModelConfig
 from mldcn.cost.flops import solve_width
+from mldcn.data.batch import EncodedLayout
+from mldcn.embedding import Embedder
 from mldcn.layout import FieldLayout
 from mldcn.model import Scorer
+from mldcn.schema import Schema
 
 CLOSE_ENOUGH = 0.005
+
+
+def x0_layout(config: ModelConfig, schema: Schema, encoded: EncodedLayout) -> FieldLayout:
+    """The fields of a model's ``x0``; nothing is allocated.
+
+    Args:
+        config: the model; only its embedding is read.
+        schema: the log's schema.
+        encoded: what the columns of its encoded rows are.
+    """
+    with torch.device("meta"):
+        return Embedder(encoded, schema, config.embedding).layout
 
 
 def scorer_flops(config: ModelConfig, layout: FieldLayout, tasks: Sequence[str]) -> int:

@@ -15,11 +15,10 @@ import yaml
 
 from mldcn import datasets
 from mldcn.config import Config, DataConfig, load_config, parse, read_yaml
-from mldcn.cost.budget import match_flops, scorer_flops
+from mldcn.cost.budget import match_flops, scorer_flops, x0_layout
+from mldcn.data.batch import EncodedLayout
 from mldcn.data.prepare import prepare
-from mldcn.embedding import Embedder
 from mldcn.errors import UserError
-from mldcn.layout import FieldLayout
 from mldcn.metrics import metric_info
 from mldcn.run import RunFolder, write_text
 from mldcn.study.recipe import Recipe, nested, overlay
@@ -63,15 +62,16 @@ def run_study(
     base = overlay(base, {"data": {"encoded": str(encoded)}})
     first = parse(Config, overlay(base, _model(recipe, recipe.reference)), recipe.title)
     data = prepare(first, encoded, None)
-    layout = Embedder(data.encoder.layout, first.log_schema, first.model.embedding).layout
-    tasks = data.encoder.layout.tasks
+    encoded_layout = data.encoder.layout
+    layout = x0_layout(first.model, first.log_schema, encoded_layout)
+    tasks = encoded_layout.tasks
     budget = scorer_flops(first.model, layout, tasks)
     say(f"{len(data.train):,} training rows, x0 of {layout.width} columns, {budget:,} FLOPs a model")
 
     def job(rival: str, trial: int, seed: int) -> Job:
         raw = overlay(overlay(base, _model(recipe, rival)), nested(recipe.trials()[trial]))
         config = parse(Config, overlay(raw, {"training": {"seed": seed}}), f"{recipe.title}: {rival}")
-        config = _matched(config, recipe, rival, layout, tasks, budget)
+        config = _matched(config, recipe, rival, encoded_layout, budget)
         return Job(rival, trial, seed, out / "runs" / rival / f"trial-{trial:02d}-seed-{seed}", config)
 
     trials = range(len(recipe.trials()))
@@ -101,11 +101,11 @@ def _model(recipe: Recipe, rival: str) -> dict[str, Any]:
     return {"model": recipe.rivals[rival]}
 
 
-def _matched(
-    config: Config, recipe: Recipe, rival: str, layout: FieldLayout, tasks: tuple[str, ...], budget: int
-) -> Config:
+def _matched(config: Config, recipe: Recipe, rival: str, encoded: EncodedLayout, budget: int) -> Config:
     if rival == recipe.reference:
         return config
+    # A rival, or a trial, may have embeddings of its own width.
+    layout, tasks = x0_layout(config.model, config.log_schema, encoded), encoded.tasks
     return config.model_copy(update={"model": match_flops(config.model, layout, tasks, budget)})
 
 
