@@ -102,6 +102,12 @@ def init(
     write_text(out, to_yaml(inferred, [str(path) for path in log]))
     for leak in inferred.leaks:
         err.print(f"warning: {leak.name} looks like a leak and is left out: {leak.reason}", markup=False)
+    if inferred.at_least is not None:
+        err.print(
+            f"warning: {inferred.label} holds more than 0 and 1; {inferred.at_least:g} and more, "
+            f"{inferred.positives:.1%} of the rows, count as positive",
+            markup=False,
+        )
     screen.print(
         f"wrote {out}: read it, mend what was guessed wrong, then run\n"
         f"  mldcn describe {out}\n  mldcn fit {out}",

@@ -194,3 +194,52 @@ def test_hostile_names_and_values_stay_in_their_place(tmp_path):
     assert {f.name for f in config.log_schema.features} <= {"a: b # c", "né, {e}", "on"}
     assert config.log_schema.labels[0].name == "y"
     assert config.data.train == ("we ird: #.csv",)
+
+
+def one_task(click, **others):
+    rows = len(click)
+    return pa.table({"price": [i + 0.5 for i in range(rows)], **others, "click": click})
+
+
+def test_one_stray_value_does_not_move_the_threshold_to_it():
+    guess = infer(one_task([0, 0, 1, 0] * 50 + [2]), label="click")
+    assert guess.at_least == 1
+    assert "at_least: 1}  # not only 0 and 1: 25.4% of the rows reach this" in to_yaml(guess, "x.csv")
+    assert infer(one_task([0, 0, 1, 0] * 50 + [2], is_mobile=[0, 1, 1] * 67)).label == "click"
+
+
+@pytest.mark.parametrize(
+    ("click", "shows"), [(["no", "yes"], "no, yes"), ([0, 0], "0"), ([None] * 2, "empty")]
+)
+def test_a_label_that_is_none_is_shown(click, shows):
+    for label in ("click", None):
+        with pytest.raises(
+            UserError, match=rf"column 'click' holds no two numbers \({shows}\), .* write it as"
+        ):
+            infer(one_task(click * 50, is_mobile=[0, 1] * 50), label=label)
+
+
+def test_sample_weights_are_no_feature():
+    text = to_yaml(infer(one_task([0, 1] * 50, sample_weight=[1.0, 0.5] * 50)), "x.csv")
+    assert "\n  weight: sample_weight\n" in text
+    assert "name: sample_weight" not in text
+    assert "# weight: weight  # if it holds" in to_yaml(infer(one_task([0, 1], weight=[1.0, 0.5])), "x.csv")
+
+
+def test_a_column_that_is_twice_in_a_table_is_named():
+    table = pa.Table.from_arrays([pa.array([0, 1])] * 2, names=["click", "click"])
+    with pytest.raises(UserError, match="table: column 'click' is there twice"):
+        infer(table)
+
+
+@pytest.mark.parametrize("mark", [";", "|", "\t"])
+def test_another_delimiter_is_named(tmp_path, mark):
+    (tmp_path / "log.csv").write_text(f"a{mark}click\n1{mark}0\n")
+    with pytest.raises(UserError, match=r"log.csv: its columns are set apart by .*write it with commas"):
+        infer([tmp_path / "log.csv"])
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "log.csv").touch()
+    with pytest.raises(UserError, match=r"log.csv: is empty; remove it"):
+        infer([tmp_path / "log.csv"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class Inferred:
     """A guessed schema.
 
     labels: the chosen task. at_least: the threshold that makes it binary. alternatives: other columns that
-    could be tasks. user: also a feature.
+    could be tasks. user: also a feature. positives: the share of positive labels.
     """
 
     columns: tuple[ColumnFacts, ...]
@@ -44,6 +45,8 @@ class Inferred:
     request: str | None
     user: str | None
     position: str | None
+    weight: str | None
+    positives: float
     data: DataConfig = field(default_factory=DataConfig)
 
     @property
@@ -73,6 +76,9 @@ def infer(
     data = data or DataConfig()
     block = _head(log, data, rows)
     names = block.table.column_names
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{block.file}: column {twice[0]!r} is there twice; rename or drop one of them")
     looks = {name: look_at(block, name) for name in names if is_readable(block, name)}
     binary = [name for name, look in looks.items() if as_truth(look) is not None]
     chosen, at_least = _choose_label(block, label, binary, looks)
@@ -91,6 +97,8 @@ def infer(
         request=roles.get("request"),
         user=user,
         position=roles.get("position"),
+        weight=roles.get("weight"),
+        positives=float(np.nanmean(target)),
         data=data,
     )
 
@@ -105,7 +113,13 @@ def _head(log: Sequence[str | Path] | pa.Table, data: DataConfig, rows: int) -> 
     if data.header and reader.formats[0] != "parquet" and any(not name or _is_number(name) for name in names):
         raise UserError(
             f"{reader.files[0]}: its first line looks like a row, not a header ({', '.join(names[:5])} ...); "
-            "set data.header to false and data.column_names to the columns' names"
+            "name its columns with --columns, or set data.header to false and data.column_names"
+        )
+    apart = [mark for mark in (";", "|", "\t", ",") if len(names) == 1 and mark in names[0]]
+    if apart and reader.formats[0] != "parquet":
+        raise UserError(
+            f"{reader.files[0]}: its columns are set apart by {apart[0]!r}, as its ending does not say; write "
+            "it with commas as .csv or with tabs as .tsv"
         )
     return next(reader.blocks(()))
 
@@ -126,20 +140,32 @@ def _choose_label(
     ratings = [name for name in ratings if looks[name].numbers is not None and 2 < looks[name].distinct <= 11]
     if ratings:
         return ratings[0], _threshold(block, looks[ratings[0]])
-    outcomes = [name for name in binary if OUTCOME.search(name)] or binary
+    outcomes = [name for name in binary if OUTCOME.search(name)]
     if outcomes:
         return outcomes[0], None
+    named = [name for name in looks if re.fullmatch(LABEL, name, re.IGNORECASE)]
+    if named:
+        return named[0], _threshold(block, looks[named[0]])
+    if binary:
+        return binary[0], None
     raise UserError(
         f"{block.file}: no column of zeros and ones, so none looks like a label; name the column to predict "
-        f"(it has {', '.join(looks)})"
+        f"with --label (it has {', '.join(looks)})"
     )
 
 
 def _threshold(block: RawBlock, look: Look) -> float:
-    """The upper part of a rating counts as positive."""
+    """The upper part of a rating counts as positive; of a count that is mostly 0 or 1, all but 0."""
     values = look.numbers
-    if values is None or not (~np.isnan(values)).any() or look.distinct < 2:
-        raise UserError(f"{block.file}: column {look.name!r} holds no two numbers, so it makes no label")
+    if values is None or look.distinct < 2:
+        there = pc.unique(look.texts.drop_null()).slice(0, 3).to_pylist()
+        raise UserError(
+            f"{block.file}: column {look.name!r} holds no two numbers ({', '.join(there) or 'empty'}), so it "
+            "makes no label; write it as 0 and 1, or name another column with --label"
+        )
+    known = values[~np.isnan(values)]
+    if {0.0, 1.0} <= set(known) and known.min() == 0 and (known <= 1).mean() >= 0.9:
+        return 1.0
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     return float(np.ceil(low + 0.7 * (high - low)))
 
@@ -181,7 +207,7 @@ def _one_each(columns: list[ColumnFacts]) -> list[ColumnFacts]:
     seen: set[str] = set()
     result = []
     for column in columns:
-        if column.role in ("time", "request", "position"):
+        if column.role in ("time", "request", "position", "weight"):
             if column.role in seen:
                 column = replace(column, role="left out", reason=f"another {column.role}")
             seen.add(column.role)
@@ -247,10 +273,11 @@ def to_yaml(inferred: Inferred, log: str | Path | Sequence[str | Path]) -> str:
                     ("user", inferred.user),
                     ("time", inferred.time),
                     ("position", inferred.position),
+                    ("weight", inferred.weight),
                 )
                 if name is not None
             ),
-            "  # weight: column_of_sample_weights",
+            *_weight_lines(inferred),
             "  # negative_sampling_rate: 0.1  # the share of the negatives that the log kept",
             "",
             *_defaults("model", ModelConfig()),
@@ -320,11 +347,20 @@ def _left_out_lines(inferred: Inferred) -> list[str]:
 
 def _label_lines(inferred: Inferred) -> list[str]:
     threshold = "" if inferred.at_least is None else f", at_least: {inferred.at_least:g}"
-    lines = ["  labels:", f"    - {{name: {_quoted(inferred.label)}{threshold}}}"]
+    note = f"  # not only 0 and 1: {inferred.positives:.1%} of the rows reach this" if threshold else ""
+    lines = ["  labels:", f"    - {{name: {_quoted(inferred.label)}{threshold}}}{note}"]
     if inferred.alternatives:
         lines.append("    # Other outcomes; each can be a task of its own:")
         lines += [f"    # - {{name: {_quoted(name)}, weight: 1.0}}" for name in inferred.alternatives]
     return lines
+
+
+def _weight_lines(inferred: Inferred) -> list[str]:
+    if inferred.weight is not None:
+        return []
+    if any(column.name == "weight" and column.role == "feature" for column in inferred.columns):
+        return ["  # weight: weight  # if it holds the rows' weights; take it out of the features then"]
+    return ["  # weight: column_of_sample_weights"]
 
 
 def _facts(column: ColumnFacts) -> str:

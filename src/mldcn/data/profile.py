@@ -17,7 +17,7 @@ from mldcn.data.reading import RawBlock
 from mldcn.errors import UserError
 from mldcn.layout import Source
 
-Role = Literal["feature", "label", "outcome", "time", "request", "position", "leak", "left out"]
+Role = Literal["feature", "label", "outcome", "time", "request", "position", "weight", "leak", "left out"]
 Kind = Literal["numeric", "categorical", "multi", "embedding", "sequence"]
 
 LABEL = r"(label|target|clicks?|clicked|is_?click(ed)?|clk|y)"
@@ -35,6 +35,9 @@ _REQUEST = re.compile(
 )
 USER = re.compile(r"^(user|member|visitor|viewer|customer|uid|cookie|device)(_?id)?$", re.IGNORECASE)
 _POSITION = re.compile(r"^((ad|display|item|slot)_?)?(position|pos|rank|slot)$", re.IGNORECASE)
+_WEIGHT = re.compile(
+    r"^(sample|row|example|instance|impression|importance|loss|ips)_?weights?$", re.IGNORECASE
+)
 _SEQUENCE = re.compile(r"hist|seq|recent|last_|past|behavio|engaged|clicked_", re.IGNORECASE)
 _ID = re.compile(
     r"(^|_)(id|ids|uid|code|hash|zip|zip_?code|type|category|cat|cate|brand|class|group|bucket)$",
@@ -223,6 +226,8 @@ def judge(look: Look, label: str, binary: list[str], target: NDArray[np.float64]
             return replace(facts, role="request")
         if _POSITION.search(look.name) and look.numbers is not None and np.nanmin(look.numbers) >= 1:
             return replace(facts, role="position")
+        if _WEIGHT.search(look.name) and look.numbers is not None and (look.numbers >= 0).all():
+            return replace(facts, role="weight")
         if kind == "categorical" and look.distinct == len(look.array) and look.distinct > 100:
             return replace(facts, role="left out", reason="another value in every row")
     return facts

@@ -133,6 +133,8 @@ class LogReader:
                 raise UserError(f"{path}: data.header is false, so data.column_names must name the columns")
             return list(self.data.column_names)
         with path.open("rb") as raw:
+            if path.stat().st_size == 0:
+                raise UserError(f"{path}: is empty; remove it from the data's files or write it again")
             try:
                 first = next(_records(_decompressed(raw), _delimiter(kind)), None)
             except (OSError, csv.Error, ValueError) as error:
@@ -207,7 +209,7 @@ class LogReader:
                     bad = _undecodable(record)
                     if bad is not None:
                         return UserError(
-                            f"{path}: row {number}, column {names[bad]!r}: {shown(record[bad])} is not UTF-8; "
+                            f"{path}: row {number}, column {names[bad]!r}: {_as_bytes(record[bad])} is not UTF-8; "
                             "write the file again in UTF-8"
                         )
                     row += 1
@@ -306,7 +308,7 @@ def _format(path: Path, data: DataConfig) -> Format:
     if name.suffix not in _FORMATS:
         raise UserError(
             f"{path}: its ending says no format ({', '.join(_FORMATS)}, each also with .gz or .zst); "
-            "set data.format to csv, tsv or parquet"
+            "rename it, or set data.format to csv, tsv or parquet"
         )
     return _FORMATS[name.suffix]
 
@@ -355,6 +357,12 @@ def _undecodable(record: list[str]) -> int | None:
         except UnicodeEncodeError:
             return index
     return None
+
+
+def _as_bytes(field: str) -> str:
+    """A text that is not UTF-8 as an error prints it: the wrong bytes in hexadecimal."""
+    text = field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return f"'{text}'" if len(text) <= 78 else f"'{text[:75]}..."
 
 
 def _parquet_file(path: Path) -> pq.ParquetFile:
