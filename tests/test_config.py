@@ -103,3 +103,26 @@ def test_a_label_is_no_feature():
     }
     with pytest.raises(UserError, match="column 'clicked' is a label"):
         parse(Schema, raw, "test")
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: {c: 1\nd: 2\n", "a: [", "a:\n\t- b", "a: 'b", "a: \x00"])
+def test_what_is_not_yaml_is_said_in_one_line(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match="not YAML") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_open_bracket_is_found_where_it_was_opened(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: 1\nb: {c: 1\nd: [\n")
+    with pytest.raises(UserError, match=r"line 3, column 2: not YAML: .* that begins in line 2$"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_feature_without_a_kind():
+    feature = schema()
+    del feature["features"][0]["kind"]
+    assert "schema.features.0.kind: missing" in complaint(schema=feature)
+    assert "schema.features.0.kind: no kind is called 'x'; known: 'numeric'" in complaint(
+        schema=schema(kind="x")
+    )

@@ -212,10 +212,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
+        raise UserError(f"{path}: {_not_yaml(error)}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+        raise UserError(f"{path}: expected a mapping of keys; 'mldcn init LOG' writes a config for a log")
     return raw
+
+
+def _not_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What a parser of YAML found and where, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"not YAML ({' '.join(str(error).split())}); 'mldcn init LOG' writes a config for a log"
+    mark, begun = error.problem_mark, error.context_mark
+    where = f", {error.context} that begins in line {begun.line + 1}" if begun and error.context else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: not YAML: {error.problem}{where}"
 
 
 def dump_config(config: Config) -> str:
@@ -252,7 +261,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: not a YAML value: {error}") from None
+        raise UserError(f"--set {override}: not a YAML value ({' '.join(str(error).split())})") from None
 
 
 def _explain(model: type[BaseModel], item: Any) -> str:
@@ -262,8 +271,11 @@ def _explain(model: type[BaseModel], item: Any) -> str:
         return f"{shown}: no such key{suggest(str(loc[-1]), known)}"
     if item["type"] == "missing":
         return f"{shown}: missing"
-    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{shown}: {item['msg']}"
+    if item["type"] == "union_tag_invalid":
+        found = item["ctx"]
+        return f"{shown}.kind: no kind is called {found['tag']!r}; known: {found['expected_tags']}"
+    if item["type"] == "union_tag_not_found":
+        return f"{shown}.kind: missing"
     message = item["msg"].removeprefix("Value error, ")
     value = item.get("input")
     if isinstance(value, str | int | float | bool) or value is None:
