@@ -62,6 +62,12 @@ def test_other_rows_and_damage_are_refused(tmp_path):
     mine, theirs = written(tmp_path / "a", a, labels, user), written(tmp_path / "b", b, labels[::-1], user)
     with pytest.raises(UserError, match="not tested on the same rows"):
         compare_predictions(mine, theirs, ("a", "b"))
+    weighed = written(tmp_path / "w", b, labels, user, np.full(ROWS, 2, np.float32))
+    with pytest.raises(UserError, match=r"a and b weigh the rows differently; .* schema.weight"):
+        compare_predictions(mine, weighed, ("a", "b"))
+    other = mine.rename_columns([name.replace("click", "save") for name in mine.column_names])
+    with pytest.raises(UserError, match="a and b have no task in common"):
+        compare_predictions(mine, other, ("a", "b"))
     (tmp_path / "a").write_bytes(b"junk")
     with pytest.raises(UserError, match="damaged"):
         read_predictions(tmp_path / "a")

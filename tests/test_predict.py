@@ -2,11 +2,13 @@
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from mldcn.config import Config, parse
 from mldcn.data.prepare import prepare
-from mldcn.predict import Predictor, unsampled
+from mldcn.errors import UserError
+from mldcn.predict import Predictor, _write_tables, unsampled
 from mldcn.run import RunFolder
 from mldcn.training.fit import fit
 
@@ -48,3 +50,10 @@ def test_calibrators_see_the_log_as_it_is_before_its_sampling_is_undone(tmp_path
     assert scores.mean() == pytest.approx(rate.mean(), rel=0.15)
     assert scores.min() < 0.1
     assert np.corrcoef(scores[:, 0], rate)[0, 1] > 0.9
+
+
+def test_a_list_is_kept_in_parquet_only(tmp_path):
+    table = pa.table({"tags": [["a"], ["b", "c"]], "p_click": [0.1, 0.2]})
+    with pytest.raises(UserError, match=r"--keep tags: holds lists, .* write a .parquet file"):
+        _write_tables([table], tmp_path / "scores.csv", ".csv")
+    _write_tables([table], tmp_path / "scores.parquet", ".parquet")

@@ -106,8 +106,11 @@ def compare_predictions(
     """
     tasks = [n.removeprefix(LABEL) for n in a.column_names if n.startswith(LABEL)]
     common = [task for task in tasks if f"{LABEL}{task}" in b.column_names]
-    same = a.num_rows == b.num_rows and bool(common)
-    for name in [*(f"{LABEL}{task}" for task in common), "weight"]:
+    if not common:
+        raise UserError(f"{names[0]} and {names[1]} have no task in common; train them for the same label")
+    same = a.num_rows == b.num_rows
+    for task in common:
+        name = f"{LABEL}{task}"
         same = same and np.array_equal(a[name].to_numpy(), b[name].to_numpy(), equal_nan=True)
     if not same:
         raise UserError(
@@ -115,6 +118,10 @@ def compare_predictions(
             f"{b.num_rows:,}); name a log for both with --log"
         )
     weight = a["weight"].to_numpy()
+    if not np.array_equal(weight, b["weight"].to_numpy()):
+        raise UserError(
+            f"{names[0]} and {names[1]} weigh the rows differently; train both with the same schema.weight"
+        )
     clusters, unit = _clusters(a)
     found: list[tuple[str, str, Difference]] = []
     for task in common:

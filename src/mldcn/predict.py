@@ -159,6 +159,11 @@ def _write_tables(tables: Iterable[pa.Table], path: Path, suffix: str) -> None:
     writer = None
     try:
         for table in tables:
+            nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+            if suffix == ".csv" and nested:
+                raise UserError(
+                    f"--keep {nested[0]}: holds lists, which CSV cannot hold; write a .parquet file"
+                )
             if writer is None:
                 writer = kinds[suffix](str(path), table.schema)
             writer.write_table(table)
