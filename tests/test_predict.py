@@ -16,9 +16,15 @@ from mldcn.training.fit import fit
 def test_sampled_negatives_are_corrected_for():
     # Of 100 rows with 10 clicks a log that keeps a fifth of the negatives has 10 clicks in 28 rows.
     scores = np.array([[10 / 28, 0.0, 1.0]], np.float32)
-    np.testing.assert_allclose(unsampled(scores, 0.2), [[0.1, 0.0, 1.0]], rtol=1e-6)
-    assert unsampled(scores, None) is scores
-    assert unsampled(scores, 0.2).dtype == np.float32
+    np.testing.assert_allclose(unsampled(scores, [0.2, 0.2, 0.2]), [[0.1, 0.0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(unsampled(scores[:, :1], [0.2]), [[0.1]], rtol=1e-6)
+    assert unsampled(scores, [1.0, 1.0, 1.0]) is scores
+    assert unsampled(scores, [0.2, 1.0, 1.0]).dtype == np.float32
+
+
+def test_only_the_task_whose_negatives_were_dropped_is_corrected():
+    scores = np.array([[10 / 28, 0.4]], np.float32)
+    np.testing.assert_allclose(unsampled(scores, [0.2, 1.0]), [[0.1, 0.4]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("calibration", ["platt", "isotonic"])
@@ -36,8 +42,7 @@ def test_calibrators_see_the_log_as_it_is_before_its_sampling_is_undone(tmp_path
         },
         "schema": {
             "features": [{"name": "ad", "kind": "categorical"}],
-            "labels": [{"name": "click"}],
-            "negative_sampling_rate": 0.1,
+            "labels": [{"name": "click", "negative_sampling_rate": 0.1}],
         },
         "model": {"embedding": {"dim": 2}, "interaction": {"rank": 2, "num_layers": 1}},
         "training": {"threads": 1, "epochs": 30, "batch_size": 64, "optimiser": {"lr": 0.02}},

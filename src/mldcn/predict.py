@@ -81,7 +81,8 @@ class Predictor:
         scores = np.concatenate(parts) if parts else np.zeros((0, len(self.tasks)), np.float32)
         # The calibrators were fitted on the log as it is, so they come before its sampling is undone.
         scores = calibrated(scores, self.tasks, self.calibrators)
-        return unsampled(scores, self.config.log_schema.negative_sampling_rate)
+        rates = [label.negative_sampling_rate for label in self.config.log_schema.labels]
+        return unsampled(scores, rates)
 
 
 def calibrated(
@@ -97,16 +98,17 @@ def calibrated(
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def unsampled(scores: NDArray[np.float32], rate: float | None) -> NDArray[np.float32]:
+def unsampled(scores: NDArray[np.float32], rates: Sequence[float]) -> NDArray[np.float32]:
     """Probabilities before a log dropped negatives: ``p / (p + (1 - p) / w)`` (He et al. 2014, Section 6.3).
 
     Args:
-        scores: probabilities among the rows that the log kept, of any shape.
-        rate: the share w of the negatives that the log kept; None for all.
+        scores: ``(n, T)`` probabilities among the rows that the log kept.
+        rates: for each task the share w of its negatives that the log kept.
     """
-    if rate is None:
+    if all(rate == 1.0 for rate in rates):
         return scores
-    return (scores / (scores + (1.0 - scores) / rate)).astype(np.float32, copy=False)
+    kept = np.asarray(rates, dtype=np.float32)
+    return (scores / (scores + (1.0 - scores) / kept)).astype(np.float32, copy=False)
 
 
 def predict_file(

@@ -156,6 +156,9 @@ class Label(Strict):
     column: str | None = None
     weight: float = Field(1.0, ge=0, description="of this task's loss in the sum")
     at_least: float | None = Field(None, description="positive when the column is at least this")
+    negative_sampling_rate: float = Field(
+        1.0, gt=0, le=1, description="share of this task's negatives that the log kept; undone at prediction"
+    )
 
     @property
     def log_column(self) -> str:
@@ -174,9 +177,6 @@ class Schema(Strict):
     request: str | None = Field(None, description="column that names the request or session")
     user: str | None = Field(None, description="column that names the user, for GAUC and clustered intervals")
     time: str | None = Field(None, description="column of event times (a number, or an ISO date-time)")
-    negative_sampling_rate: float | None = Field(
-        None, gt=0, le=1, description="share of the negatives that the log kept; corrected at prediction"
-    )
 
     @model_validator(mode="after")
     def _references_hold(self) -> Schema:

@@ -38,7 +38,7 @@ def degree(module, width=5):
         ({"mask_input": "x0"}, lambda n: 2 * n + 1),
         ({"mask": "none"}, lambda n: n + 1),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_order_of_mldcn(layers, options, order):
     """ML-DCN, Section 3.3: 2^(l+1) - 1 with l layers."""

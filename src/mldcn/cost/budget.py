@@ -11,11 +11,13 @@ from mldcn.config import ModelConfig
 from mldcn.cost.flops import solve_width
 from mldcn.data.batch import EncodedLayout
 from mldcn.embedding import Embedder
+from mldcn.errors import UserError
 from mldcn.layout import FieldLayout
 from mldcn.model import Scorer
 from mldcn.schema import Schema
 
-CLOSE_ENOUGH = 0.005
+CLOSE_ENOUGH = 0.005  # by the interaction's own knob
+TOLERANCE = 0.02  # of models that are called equal
 
 
 def x0_layout(config: ModelConfig, schema: Schema, encoded: EncodedLayout) -> FieldLayout:
@@ -48,7 +50,7 @@ def match_flops(config: ModelConfig, layout: FieldLayout, tasks: Sequence[str], 
         budget: GEMM FLOPs per example of interaction, deep part and heads.
 
     Raises:
-        UserError: the architecture has no width knob, or none of its widths comes near the budget.
+        UserError: the architecture has no width knob, or none of its widths comes within 2 % of the budget.
     """
     spec = config.interaction
     solution = solve_width(
@@ -60,14 +62,19 @@ def match_flops(config: ModelConfig, layout: FieldLayout, tasks: Sequence[str], 
         extra_flops=lambda width: _behind(config, layout, tasks, width),
     )
     turned = config.model_copy(update={"interaction": solution.options})
-    if abs(solution.residual) <= CLOSE_ENOUGH or not config.deep.hidden:
-        return turned
     candidates = {solution.flops: turned}
-    for width in range(max(1, config.deep.hidden[0] // 2), 2 * config.deep.hidden[0] + 1):
-        deep = config.deep.model_copy(update={"hidden": (width, *config.deep.hidden[1:])})
-        candidate = turned.model_copy(update={"deep": deep})
-        candidates[scorer_flops(candidate, layout, tasks)] = candidate
-    return candidates[min(candidates, key=lambda flops: abs(flops - budget))]
+    if abs(solution.residual) > CLOSE_ENOUGH and config.deep.hidden:
+        for width in range(max(1, config.deep.hidden[0] // 2), 2 * config.deep.hidden[0] + 1):
+            deep = config.deep.model_copy(update={"hidden": (width, *config.deep.hidden[1:])})
+            candidate = turned.model_copy(update={"deep": deep})
+            candidates[scorer_flops(candidate, layout, tasks)] = candidate
+    nearest = min(candidates, key=lambda flops: abs(flops - budget))
+    if abs(nearest / budget - 1) > TOLERANCE:
+        raise UserError(
+            f"interaction {spec['name']}: no {solution.knob} comes within {TOLERANCE:.0%} of {budget:,} FLOPs "
+            f"per example; the nearest costs {nearest:,}. Change its other options"
+        )
+    return candidates[nearest]
 
 
 def _behind(config: ModelConfig, layout: FieldLayout, tasks: Sequence[str], crossed: int) -> int:

@@ -278,7 +278,6 @@ def to_yaml(inferred: Inferred, log: str | Path | Sequence[str | Path]) -> str:
                 if name is not None
             ),
             *_weight_lines(inferred),
-            "  # negative_sampling_rate: 0.1  # the share of the negatives that the log kept",
             "",
             *_defaults("model", ModelConfig()),
             "",
