@@ -182,9 +182,16 @@ def test_calibration_needs_validation_rows_and_is_saved_where_it_found_nothing_t
     with pytest.raises(UserError, match="data.split gives none"):
         fit(wanted, RunFolder.create(tmp_path / "run"), replace(data, valid=None))
     schema = {"labels": [{"name": "click", "at_least": 2}]}
-    never = config(folder, evaluation={"calibration": "platt"}, training={"epochs": 1}, schema=schema)
+    loss = {"epochs": 1, "monitor": "logloss"}
+    never = config(folder, evaluation={"calibration": "platt"}, training=loss, schema=schema)
     fit(never, RunFolder.create(tmp_path / "never"), prepare(never, tmp_path / "never-encoded"))
     assert Predictor.load(tmp_path / "never").calibrators == {}
+
+
+def test_a_label_of_one_class_is_refused_before_training(folder, tmp_path):
+    schema = {"labels": [{"name": "click", "at_least": 2}]}
+    with pytest.raises(UserError, match="click is 0 in all .* validation rows"):
+        train(folder, tmp_path, schema=schema)
 
 
 @pytest.fixture

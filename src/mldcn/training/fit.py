@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,6 +116,7 @@ class Trainer:
         self.device = pick_device(training.device)
         self.model = Ranker(config.model, config.log_schema, data.encoder.layout).to(self.device)
         self.monitor_task, self.monitor = monitored(config)
+        self._check_labels()
         if training.compile:
             self.model.scorer.compile()
         self.tables = self.model.embedder.tables()
@@ -236,6 +238,22 @@ class Trainer:
         progress = Progress(position.step, self.total_steps, position.epoch, loss, lr, rate)
         for observer in self.observers:
             observer.stepped(progress)
+
+    def _check_labels(self) -> None:
+        """Refuses validation rows on which the monitored metric would be undefined at every evaluation."""
+        if self.data.valid is None or self.monitor in ("logloss", "ece"):
+            return
+        labels = self.data.valid.labels[:, self.model.tasks.index(self.monitor_task)]
+        known = labels[~np.isnan(labels)]
+        if known.size and known.min() != known.max():
+            return
+        found = (
+            f"is {known[0]:g} in all {known.size:,}" if known.size else f"is unknown in all {len(labels):,}"
+        )
+        raise UserError(
+            f"label {self.monitor_task} {found} validation rows, so that {self.monitor} is undefined; check the "
+            "label's column and at_least, or the split"
+        )
 
     def _validate(self) -> bool:
         """Scores the validation rows; keeps the weights if they are the best; says whether to stop."""
