@@ -152,7 +152,8 @@ def fit(
     from mldcn.console import EncodingProgress, FitProgress, err, metrics_table
     from mldcn.console import out as screen
     from mldcn.run import RunFolder
-    from mldcn.training.fit import Interrupted, monitored
+    from mldcn.training.fit import monitored
+    from mldcn.training.interrupt import Interrupted
 
     if (config is None) == (resume is None):
         raise UserError("name either a config to train, or a run to go on with: --resume RUN")

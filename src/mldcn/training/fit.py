@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mldcn import __version__, interactions
-from mldcn.config import Config, OptimiserConfig, dump_config
+from mldcn.config import Config, dump_config
 from mldcn.data.batch import Batch
 from mldcn.data.pipeline import ahead
 from mldcn.data.prepare import EncodedData
@@ -35,10 +34,12 @@ from mldcn.training.checkpoint import (
 )
 from mldcn.training.ema import WeightAverage
 from mldcn.training.evaluate import Evaluation, evaluate, fit_calibrators
+from mldcn.training.interrupt import Interrupted, stop_signals
 from mldcn.training.loss import task_loss
 from mldcn.training.observers import Metrics, MLflow, Observer, Progress, TensorBoard
+from mldcn.training.optimisers import build_optimisers
 from mldcn.training.schedule import lr_factor
-from mldcn.training.table_optim import LazyAdam, RowWiseAdagrad, clip_grad_norm, coalesced
+from mldcn.training.table_optim import clip_grad_norm, coalesced
 
 REPORT_STEPS = 20  # the loss is read back, checked and shown this often
 
@@ -385,22 +386,6 @@ class Trainer:
         return trackers
 
 
-def build_optimisers(config: OptimiserConfig, model: Ranker) -> list[torch.optim.Optimizer]:
-    """The dense parameters' optimiser, and the tables' whose steps touch only the batch's rows."""
-    tables = list(model.embedder.tables().values())
-    known = {id(table) for table in tables}
-    dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    kind = torch.optim.AdamW if config.dense == "adamw" else torch.optim.Adam
-    built: list[torch.optim.Optimizer] = [
-        kind(dense, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    ]
-    if tables:
-        table_lr = config.table_lr if config.table_lr is not None else config.lr
-        table_kind = LazyAdam if config.table == "lazy_adam" else RowWiseAdagrad
-        built.append(table_kind(tables, lr=table_lr, l2=config.table_l2))
-    return built
-
-
 def spelled_out(config: Config) -> Config:
     """The config with every option of its interaction, so that a run outlives a change of defaults."""
     interaction = interactions.parse(config.model.interaction).model_dump(mode="json")
@@ -432,22 +417,3 @@ def monitored(config: Config) -> tuple[str, str]:
     if at and int(k) not in config.evaluation.hit_at:
         raise UserError(f"training.monitor: {metric} is not measured; add {k} to evaluation.hit_at")
     return task, metric
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop and left a checkpoint."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Inside the block Ctrl-C and SIGTERM set the event instead of ending the process mid-step."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
-        return
-    before = {s: signal.signal(s, lambda *_: asked.set()) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
