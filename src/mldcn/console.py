@@ -167,6 +167,10 @@ class FitProgress(Observer):
         """Ends the bar."""
         self.close()
 
+    def stopped(self) -> None:
+        """Ends the bar."""
+        self.close()
+
     def close(self) -> None:
         """Ends the bar."""
         if self.bar is not None:

@@ -82,9 +82,8 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if name in table.column_names:
                 raise UserError(f"the table has a column {name!r} already; drop it, or leave y out")
             table = table.append_column(name, pa.array(np.asarray(y)))
-        self._discard()
-        self._folder = tempfile.TemporaryDirectory(prefix="mldcn-")
-        home = Path(self._folder.name)
+        folder = tempfile.TemporaryDirectory(prefix="mldcn-")
+        home = Path(folder.name)
         log = home / "log.parquet"
         pyarrow.parquet.write_table(table, log)
         config = self._config(table, log, y is not None)
@@ -103,7 +102,9 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.summary_ = fit(config, run, data, observers=observers)
         log.unlink()
         shutil.rmtree(home / "encoded")
-        return self._adopt(Predictor.load(run.path))
+        trained = self._adopt(Predictor.load(run.path))
+        self._folder = folder  # the folder of an earlier fit goes only now, and itself with the estimator
+        return trained
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Probabilities ``(n, 2)`` of the first task's label being 0 and 1."""
@@ -152,10 +153,6 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.tasks_ = predictor.tasks
         self.classes_ = np.array([0, 1])
         return self
-
-    def _discard(self) -> None:
-        if hasattr(self, "_folder"):
-            self._folder.cleanup()
 
     def _label_column(self) -> str:
         if self.schema is None:

@@ -166,4 +166,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"training.device: no device {name!r}; use auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"training.device: {name!r} asked for, but PyTorch sees no GPU; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"training.device: {name!r} asked for, but there are {count}, from cuda:0 on")
     return device

@@ -1,6 +1,7 @@
 """The loop's parts, each alone."""
 
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from mldcn.config import OptimiserConfig
 from mldcn.training.checkpoint import load_checkpoint, save_checkpoint
 from mldcn.training.ema import WeightAverage
+from mldcn.training.interrupt import stop_signals
 from mldcn.training.loss import task_loss
 from mldcn.training.schedule import lr_factor
 
@@ -73,6 +75,15 @@ def test_average_of_touched_rows_equals_the_dense_average():
             torch.testing.assert_close(parameter.double(), expected[name], atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, raw[name])
+
+
+def test_the_first_signal_asks_and_the_second_interrupts():
+    with pytest.raises(KeyboardInterrupt), stop_signals() as asked:
+        assert not asked.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert asked.is_set()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_checkpoints_round_trip_and_skip_damage(tmp_path):

@@ -146,11 +146,16 @@ class Trainer:
             self._describe_run()
         for observer in self.observers:
             observer.started(self.run.path.name, self.total_steps, self.position.step)
-        with stop_signals() as asked:
-            self._train(asked)
-        if self.data.valid is None:
-            self._save_best()
-        return self._conclude()
+        try:
+            with stop_signals() as asked:
+                self._train(asked)
+            if self.data.valid is None:
+                self._save_best()
+            return self._conclude()
+        except BaseException:
+            for observer in self.observers:
+                observer.stopped()
+            raise
 
     def _train(self, asked: threading.Event) -> None:
         config, position = self.config.training, self.position

@@ -41,6 +41,9 @@ class Observer:
     def finished(self, metrics: Mapping[str, Metrics]) -> None:
         """The run is over; ``metrics`` is split -> task -> metric -> value."""
 
+    def stopped(self) -> None:
+        """The run ended before its time, by an error or because it was asked to."""
+
 
 class TensorBoard(Observer):
     """Writes scalars for TensorBoard (extra ``tensorboard``)."""
@@ -66,6 +69,10 @@ class TensorBoard(Observer):
         self.writer.flush()
 
     def finished(self, metrics: Mapping[str, Metrics]) -> None:
+        """Closes the file."""
+        self.writer.close()
+
+    def stopped(self) -> None:
         """Closes the file."""
         self.writer.close()
 
@@ -95,6 +102,10 @@ class MLflow(Observer):
         for split, of_tasks in metrics.items():
             self.mlflow.log_metrics({f"final/{split}/{name}": value for name, value in _flat(of_tasks)})
         self.mlflow.end_run()
+
+    def stopped(self) -> None:
+        """Ends MLflow's run as killed; a resumed run begins another."""
+        self.mlflow.end_run(status="KILLED")
 
 
 def _flat(metrics: Metrics) -> Iterable[tuple[str, float]]:
