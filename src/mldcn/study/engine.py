@@ -7,7 +7,7 @@ import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mldcn.errors import UserError
 from mldcn.metrics import metric_info
 from mldcn.run import RunFolder, write_text
 from mldcn.study.recipe import Recipe, nested, overlay
-from mldcn.study.summary import Row, to_json, to_markdown
+from mldcn.study.summary import Row, to_markdown
 from mldcn.training.fit import fit, monitored, spelled_out
 
 Say = Callable[[str], None]
@@ -83,7 +83,7 @@ def run_study(
     rows = [
         _row(recipe, rival, best[rival], [j for j in final if j.rival == rival]) for rival in recipe.rivals
     ]
-    write_text(out / "results.json", json.dumps([to_json(row) for row in rows], indent=2) + "\n")
+    write_text(out / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     write_text(out / "results.md", to_markdown(recipe, rows))
     return rows
 
@@ -177,6 +177,7 @@ def _row(recipe: Recipe, rival: str, trial: int, final: list[Job]) -> Row:
     task = recipe.task or final[0].config.log_schema.tasks[0]
     runs = [RunFolder(job.folder) for job in final]
     infos = [run.info() for run in runs]
+    metrics = [run.read_json("metrics.json") for run in runs]
     flops = {k: v for k, v in infos[0]["flops"].items() if k != "embedding"}
     return Row(
         rival=rival,
@@ -185,8 +186,7 @@ def _row(recipe: Recipe, rival: str, trial: int, final: list[Job]) -> Row:
         flops=sum(flops.values()),
         parameters=infos[0]["parameters"]["dense"],
         seeds=[job.seed for job in final],
-        test=[run.read_json("metrics.json")["test"][task] for run in runs],
-        valid=[run.read_json("metrics.json")["valid"][task] for run in runs],
+        test=[of_splits["test"][task] for of_splits in metrics],
+        valid=[of_splits["valid"][task] for of_splits in metrics],
         seconds=[info["train_seconds"] for info in infos],
-        predictions=[str(run.predictions) for run in runs],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mldcn.metrics import non_inferior, paired_t
@@ -23,18 +23,10 @@ class Row:
     test: list[dict[str, float]]
     valid: list[dict[str, float]]
     seconds: list[float]
-    predictions: list[str]
 
     def values(self, metric: str) -> list[float]:
         """The test metric by seed."""
         return [metrics[metric] for metrics in self.test]
-
-
-def to_json(row: Row) -> dict[str, Any]:
-    """The row as plain data, without paths of the machine it ran on."""
-    raw = asdict(row)
-    del raw["predictions"]
-    return raw
 
 
 def to_markdown(recipe: Recipe, rows: list[Row]) -> str:

@@ -71,12 +71,16 @@ def evaluate(
     columns = {name: rows.column(name) for name in ("user", "request", "weight")}
     hit_by = "request" if schema.request else None
     gauc_by = "user" if schema.user else hit_by
-    by_row = MetricStream(model.tasks, calibration_bins=wanted.calibration_bins)
-    by_group = MetricStream(model.tasks, hit_at=wanted.hit_at, hit_by=hit_by, gauc_by=gauc_by)
+    ranking: dict[str, Any] = {"hit_at": wanted.hit_at, "hit_by": hit_by, "gauc_by": gauc_by}
+    # Without positions both probabilities are the same, and one stream measures everything.
+    apart = model.position_bias is not None and gauc_by is not None
+    by_row = MetricStream(model.tasks, calibration_bins=wanted.calibration_bins, **({} if apart else ranking))
+    by_group = MetricStream(model.tasks, **ranking) if apart else None
     kept: list[tuple[Scores, Scores, Scores]] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(by_row)
-        stack.enter_context(by_group)
+        if by_group is not None:
+            stack.enter_context(by_group)
         writer = stack.enter_context(PredictionWriter(predictions, model.tasks)) if predictions else None
         for start, labels, logged, served in score(model, rows, config.training.eval_batch_size, device):
             part = slice(start, start + len(labels))
@@ -84,15 +88,15 @@ def evaluate(
             groups = {name: columns[name][part] for name in ("user", "request")}
             weight = columns["weight"][part]
             weights = weight if schema.weight else None
-            by_row.update(labels, logged, weights)
-            if gauc_by:
+            by_row.update(labels, logged, weights, groups)
+            if by_group is not None:
                 by_group.update(labels, served, weights, groups)
             if writer is not None:
                 writer.write(labels, logged, weight, groups["user"], groups["request"])
             if keep:
                 kept.append((labels, logged, weight))
         metrics = by_row.compute()
-        if gauc_by:
+        if by_group is not None:
             for task, values in by_group.compute().items():
                 ranked = {k: v for k, v in values.items() if k.startswith(("gauc", "hit"))}
                 metrics[task].update(ranked)
@@ -119,8 +123,9 @@ def score(
         for batch in ahead(rows.batches(batch_size)):
             there = batch.to(device, non_blocking=True)
             logits = model.scorer(model.embedder(there.ids, there.dense)).float()
-            logged = served = torch.sigmoid(logits).cpu().numpy()
-            if model.position_bias is not None:
+            if model.position_bias is None:
+                logged = served = torch.sigmoid(logits).cpu().numpy()
+            else:
                 at = [model.position_logit(p) for p in (there.position, None)]
                 logged, served = (torch.sigmoid(logits + bias).cpu().numpy() for bias in at)
             yield start, batch.labels.numpy(), logged, served

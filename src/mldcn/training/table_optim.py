@@ -58,6 +58,7 @@ class _TableOptimiser(torch.optim.Optimizer):
                     if group["l2"]:
                         values = torch.add(values, weights, alpha=group["l2"])
                     self._update(table, self.state[table], group, rows, weights, values)
+                    table.index_copy_(0, rows, weights)
         return loss
 
     def _update(
@@ -69,7 +70,7 @@ class _TableOptimiser(torch.optim.Optimizer):
         weights: Tensor,
         g: Tensor,
     ) -> None:
-        """Writes the new rows. ``rows (U,)`` are distinct; ``weights`` and gradient ``g`` are ``(U, e)``."""
+        """Moves ``weights (U, e)``, the table's distinct ``rows (U,)``, in place by their gradient ``g``."""
         raise NotImplementedError
 
 
@@ -109,7 +110,6 @@ class RowWiseAdagrad(_TableOptimiser):
         total = state["sum"].index_select(0, rows).add_(g.square().mean(1))
         state["sum"].index_copy_(0, rows, total)
         weights.addcdiv_(g, total.sqrt().add_(group["eps"]).unsqueeze(1), value=-group["lr"])
-        table.index_copy_(0, rows, weights)
 
 
 class LazyAdam(_TableOptimiser):
@@ -172,7 +172,6 @@ class LazyAdam(_TableOptimiser):
         state["moments"].index_copy_(0, rows, moments)
         root = (second / (1 - b2**step)).sqrt_().add_(group["eps"])
         weights.addcdiv_(first, root, value=-group["lr"] / (1 - b1**step))
-        table.index_copy_(0, rows, weights)
 
 
 def coalesced(grad: Tensor) -> Tensor:
