@@ -49,7 +49,8 @@ def encoded_folder(config: Config, run: Path) -> Path:
     """Where a config's encoded rows lie: beside the run, shared by runs with the same data and schema."""
     if config.data.encoded is not None:
         return Path(config.data.encoded)
-    key = json.dumps([config.data.model_dump(mode="json"), config.log_schema.model_dump(mode="json")])
+    data = config.data.model_dump(mode="json", exclude={"encoded", "memory_mb"})
+    key = json.dumps([data, config.log_schema.model_dump(mode="json")])
     return run.parent / "encoded" / hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
 
 

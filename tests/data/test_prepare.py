@@ -367,3 +367,31 @@ def test_ordered_map_keeps_order_bounds_its_lead_and_raises_in_turn():
         for value in results:
             seen.append(value)
     assert seen == [i * i for i in range(1, 20)]
+
+
+def test_a_base_keeps_its_rows_and_new_ids_follow(tmp_path):
+    split = {"kind": "order", "valid": 0.0, "test": 0.0}
+    first = [f"{name},{i},0,mon,0\n" for i, name in enumerate("bbbaacc")]
+    later = [f"{name},{10 * i},0,mon,0\n" for i, name in enumerate("zzyyyxac")]
+    old = prepare(config(log(tmp_path, "1.csv", first), split), tmp_path / "1")
+    assert old.encoder.tables["id"].values.to_pylist() == ["b", "a", "c"]
+
+    new = config(log(tmp_path, "2.csv", later), split)
+    grown = prepare(new, tmp_path / "2", base=old.encoder)
+    assert grown.encoder.tables["id"].values.to_pylist() == ["b", "a", "c", "y", "z", "x"]
+    assert grown.encoder.tables["id"].counts.tolist() == [0, 1, 1, 3, 2, 1]
+    assert grown.encoder.numerics == old.encoder.numerics
+    refreshed = prepare(new, tmp_path / "2", base=old.encoder, statistics="refresh")
+    assert not refreshed.reused
+    assert refreshed.encoder.numerics["n"].fill == 35
+    assert prepare(new, tmp_path / "2", base=old.encoder, statistics="refresh").reused
+    assert not prepare(new, tmp_path / "2", base=refreshed.encoder, statistics="refresh").reused
+
+
+def test_a_base_of_other_features_is_refused(tmp_path):
+    split = {"kind": "order", "valid": 0.0, "test": 0.0}
+    old = prepare(config(log(tmp_path), split), tmp_path / "1").encoder
+    new = config(log(tmp_path), split).model_dump(mode="json", by_alias=True)
+    new["schema"]["features"][1]["standardise"] = True
+    with pytest.raises(UserError, match="feature 'n' is another of the run to start from"):
+        prepare(parse(Config, new, "test.yaml"), tmp_path / "2", base=old)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +46,9 @@ from mldcn.schema import Vocabulary as VocabularyOptions
 
 FORMAT = 1
 _FILE = "encoder.json"
+
+# What becomes of a base's transforms and boundaries.
+Statistics = Literal["keep", "refresh"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,21 @@ class Encoder:
             time=parsed.time,
         )
 
+    def checksum(self) -> str:
+        """Tells two encoders apart: a digest of the schema, the ids in their order and what was fitted."""
+        digest = hashlib.blake2b(digest_size=16)
+        facts = {
+            "schema": self.schema.model_dump(mode="json"),
+            "numerics": {name: numeric.to_json() for name, numeric in self.numerics.items()},
+            "boundaries": self.boundaries,
+            "tables": {name: table.rows for name, table in self.tables.items()},
+        }
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        for table in self.tables.values():
+            if isinstance(table, Vocabulary):
+                digest.update(table.checksum().encode())
+        return digest.hexdigest()
+
     def save(self, folder: str | Path) -> None:
         """Writes the encoder into a folder: ``encoder.json``, and a file a vocabulary."""
         folder = Path(folder)
@@ -220,10 +239,26 @@ class Encoder:
 
 
 class Fitter:
-    """Fits an :class:`Encoder` block by block."""
+    """Fits an :class:`Encoder` block by block.
 
-    def __init__(self, schema: Schema) -> None:
+    Args:
+        schema: the log's schema.
+        base: an encoder of the same features whose vocabularies grow: its ids keep their rows.
+        statistics: ``keep`` the base's numeric transforms and bucket boundaries, or ``refresh`` them from the
+            rows given here.
+
+    Raises:
+        UserError: the base was made for other features.
+    """
+
+    def __init__(
+        self, schema: Schema, *, base: Encoder | None = None, statistics: Statistics = "keep"
+    ) -> None:
+        if base is not None:
+            _check_base(schema, base.schema)
         self._schema = schema
+        self._base = base
+        self._keep = base if statistics == "keep" else None
         self._rows = 0
         self._options = _table_options(schema)
         quantile = [f for f in schema.features if isinstance(f, Bucketised) and f.method == "quantile"]
@@ -266,21 +301,29 @@ class Fitter:
         if not self._rows:
             raise UserError("there are no training rows to fit on")
         boundaries = {
-            f.name: quantile_boundaries(self._samples[f.name].values(), f.buckets)
+            f.name: self._keep.boundaries[f.name]
+            if self._keep is not None
+            else quantile_boundaries(self._samples[f.name].values(), f.buckets)
             for f in self._schema.features
             if isinstance(f, Bucketised) and f.name in self._samples
         }
         tables: dict[str, Vocabulary | HashedRows] = {}
         for name, options in self._options.items():
+            old = self._base.tables[name] if self._base is not None else None
+            old = old if isinstance(old, Vocabulary) else None
             if isinstance(options, Hashing):
                 tables[name] = HashedRows(options.rows, options.hashes)
             elif name in boundaries:
-                buckets = len(boundaries[name]) + 1
+                # A base's rows stay, though refreshed boundaries may be fewer.
+                buckets = max(len(boundaries[name]) + 1, len(old.values) if old is not None else 0)
                 texts = pa.array([str(number) for number in range(buckets)])
                 tables[name] = Vocabulary(texts, np.full(buckets, self._rows // buckets))
             else:
-                tables[name] = self._builders[name].finish(options.min_count, options.max_size)
-        numerics = {name: fitter.finish() for name, fitter in self._numerics.items()}
+                tables[name] = self._builders[name].finish(options.min_count, options.max_size, old)
+        numerics = {
+            name: fitter.finish() if self._keep is None else self._keep.numerics[name]
+            for name, fitter in self._numerics.items()
+        }
         return Encoder(self._schema, tables, numerics, boundaries)
 
     def distinct(self, table: str) -> int | None:
@@ -297,6 +340,23 @@ class Fitter:
         else:
             at = rows if at is None else at.reshape(-1, length)[rows].ravel()
             self._builders[table].update(ids.keys[rows].ravel(), ids.texts, at)
+
+
+def _check_base(schema: Schema, base: Schema) -> None:
+    """An encoder grows for the same features only; how rare or how many ids may be is free to change."""
+    for feature in schema.features:
+        old = next((f for f in base.features if f.name == feature.name), None)
+        if old is None or _without_limits(old) != _without_limits(feature):
+            what = "is not among the features" if old is None else "is another"
+            raise UserError(
+                f"feature {feature.name!r} {what} of the run to start from; use its schema, or train anew"
+            )
+
+
+def _without_limits(feature: object) -> object:
+    if isinstance(feature, TableFeature) and isinstance(feature.encoding, VocabularyOptions):
+        return feature.model_copy(update={"encoding": VocabularyOptions()})
+    return feature
 
 
 def _sequence(feature: object) -> Sequence:

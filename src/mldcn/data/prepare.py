@@ -22,7 +22,7 @@ import numpy as np
 
 from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit
 from mldcn.data import encoder, shards, vocabulary
-from mldcn.data.encoder import EncodedBlock, Encoder, Fitter
+from mldcn.data.encoder import EncodedBlock, Encoder, Fitter, Statistics
 from mldcn.data.parsing import ParsedBlock, parse
 from mldcn.data.pipeline import Spool, ahead, ordered_map
 from mldcn.data.reading import LogReader, RawBlock, expand
@@ -68,7 +68,14 @@ class EncodedData:
     reused: bool
 
 
-def prepare(config: Config, folder: str | Path, progress: Progress | None = None) -> EncodedData:
+def prepare(
+    config: Config,
+    folder: str | Path,
+    progress: Progress | None = None,
+    *,
+    base: Encoder | None = None,
+    statistics: Statistics = "keep",
+) -> EncodedData:
     """Encodes the log that a config names.
 
     Vocabularies and transforms are fitted on training rows alone. When the folder holds what the same schema,
@@ -78,6 +85,8 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
         config: its ``data`` and ``schema`` parts are read.
         folder: where the encoded rows go.
         progress: called after each block with (stage, rows done, bytes done, bytes in all).
+        base: an encoder of the same features whose vocabularies grow: its ids keep their rows, new ones follow.
+        statistics: ``keep`` the base's transforms and boundaries, or ``refresh`` them from this log.
 
     Raises:
         UserError: the log cannot be read or is not what the schema says, a split comes out empty, or the folder
@@ -86,6 +95,9 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
     folder = Path(folder)
     passes = LogPasses(config, progress)
     key = _key(config, passes.files)
+    if base is not None:
+        key["base"] = [base.checksum(), statistics]
+    fitter = Fitter(config.log_schema, base=base, statistics=statistics)
     if folder.exists() and any(folder.iterdir()):
         found = _prepared(folder)
         # Damaged rows are encoded again, not mourned.
@@ -96,8 +108,8 @@ def prepare(config: Config, folder: str | Path, progress: Progress | None = None
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)
     try:
-        passes.write(temporary)
-        if _key(config, passes.files) != key:
+        passes.write(temporary, fitter)
+        if _key(config, passes.files)["files"] != key["files"]:
             raise UserError(
                 "the log's files changed while they were read; prepare them again when they are whole"
             )
@@ -143,12 +155,12 @@ class LogPasses:
             return bool(self.files[part])
         return part == "train" or isinstance(split, ColumnSplit) or getattr(split, part) > 0
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, fitter: Fitter) -> None:
         """Fits, encodes and writes: the encoder, and a folder of rows a part."""
         rule = self.rule(folder)
         with ExitStack() as stack:
             spool = stack.enter_context(Spool(folder))
-            fitted = self.fit(rule, watch=spool.add)
+            fitted = self.fit(rule, fitter, spool.add)
             fitted.save(folder / "encoder")
             writers = {
                 number: stack.enter_context(ShardWriter(folder / part, fitted.layout))
@@ -284,7 +296,7 @@ def _key(config: Config, files: dict[Part, list[Path]]) -> dict[str, Any]:
     return {
         "formats": [FORMAT, encoder.FORMAT, shards.FORMAT, vocabulary.FORMAT],
         "schema": config.log_schema.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json", exclude={"encoded"}),
+        "data": config.data.model_dump(mode="json", exclude={"encoded", "memory_mb"}),
         "files": states,
     }
 

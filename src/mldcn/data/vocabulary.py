@@ -5,6 +5,7 @@ Two ids whose keys agree would share a row: among 50 million ids, that happens a
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,11 @@ class Vocabulary:
         rows: Rows = self._rows[self._index.find(keys)]
         rows[keys == NO_KEY] = MISSING
         return rows
+
+    def checksum(self) -> str:
+        """A digest of the ids in their order."""
+        keys = hash_texts(self.values)
+        return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
 
     def save(self, path: Path) -> None:
         """Writes an Arrow file with the columns ``value`` and ``count``."""
@@ -169,11 +175,30 @@ class VocabularyBuilder:
         if self._new_size >= max(_MERGE_AT, len(self._keys) // 4):
             self._merge()
 
-    def finish(self, min_count: int, max_size: int | None) -> Vocabulary:
-        """The vocabulary: ids by falling count, then by value."""
+    def finish(self, min_count: int, max_size: int | None, base: Vocabulary | None = None) -> Vocabulary:
+        """The vocabulary: ids by falling count, then by value.
+
+        Args:
+            min_count: ids seen fewer times get no row.
+            max_size: only so many ids.
+            base: its ids keep their rows, however often they were seen now; new ones follow.
+        """
         self._merge()
-        kept = np.flatnonzero(self._counts >= min_count)
-        if max_size is not None and len(kept) > max_size:
+        if base is None:
+            return self._ranked(min_count, max_size, np.ones(len(self._keys), bool))
+        rows = base.lookup(self._keys)
+        old = rows >= RESERVED_ROWS
+        counts = np.zeros(len(base.values), np.int64)
+        counts[rows[old] - RESERVED_ROWS] = self._counts[old]
+        room = None if max_size is None else max(max_size - len(base.values), 0)
+        new = self._ranked(min_count, room, ~old)
+        values = pa.chunked_array([base.values, new.values], pa.string())
+        return Vocabulary(_joined(values), np.concatenate([counts, new.counts]))
+
+    def _ranked(self, min_count: int, max_size: int | None, among: NDArray[np.bool_]) -> Vocabulary:
+        """Those of some ids that are frequent enough, by falling count, then by value."""
+        kept = np.flatnonzero(among & (self._counts >= min_count))
+        if max_size is not None and 0 < max_size < len(kept):
             least = -np.partition(-self._counts[kept], max_size - 1)[max_size - 1]
             kept = kept[self._counts[kept] >= least]
         values = pa.chunked_array(self._values, pa.string()).take(pa.array(kept))
