@@ -18,10 +18,16 @@ report.html, tensorboard/   for people; no checksum vouches for them
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import glob
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,20 +216,144 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``; when the block ends well, it is flushed and takes its place."""
+    """Gives a temporary path beside ``path``; when the block ends well, it is flushed and takes its place.
+
+    What a killed writer of the same ``path`` left beside it is removed first. Nobody else's temporary is: each
+    writer holds a lock on its own, which the kernel lets go when the process dies.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMPORARY}"):
+        if _STALE.fullmatch(left.name.removeprefix(f".{path.name}")):
+            _sweep(left)
+    temporary, handle = _temporary(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+_TEMPORARY = ".tmp"
+_STALE = re.compile(r"\.[0-9a-f]{8}\.tmp")
+
+
+def _temporary(path: Path) -> tuple[Path, int]:
+    """A new, locked, empty file beside ``path``, and its handle; created as the umask wants it."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+        try:
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            continue
+        if _lock(handle, wait=False) and _is_at(handle, temporary):
+            return temporary, handle
+        os.close(handle)  # a sweeper was faster than the lock
+
+
+def _sweep(left: Path) -> None:
+    """Removes a temporary file whose writer is dead."""
+    with contextlib.suppress(OSError):
+        handle = os.open(left, os.O_RDWR)
+        try:
+            if _lock(handle, wait=False):
+                left.unlink()
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps others out of a folder, which need not exist, while the block runs.
+
+    The lock is a file beside the folder, so that the folder can be replaced under it. The kernel lets it go when
+    the process ends, however that comes about. A thread that holds it may take it again.
+
+    Args:
+        folder: the folder.
+        wait: wait for another holder to end instead of refusing.
+
+    Raises:
+        UserError: another process (or thread) holds it, and ``wait`` is false.
+    """
+    folder = Path(os.path.abspath(folder))
+    key = (folder, threading.get_ident())
+    if key in _HELD:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _lock(handle, wait=wait):
+            holder = os.read(handle, 32).decode(errors="replace").strip()
+            os.close(handle)
+            who = f"process {holder}" if holder.isdecimal() else "another process"
+            raise UserError(
+                f"{folder}: in use by {who}; wait until it ends or stop it (kill {holder or 'PID'}), or name "
+                "another folder"
+            )
+        if _is_at(handle, path):
+            break
+        os.close(handle)  # the holder before us took its file away
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        _HELD.add(key)
+        yield
+    finally:
+        _HELD.discard(key)
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+_HELD: set[tuple[Path, int]] = set()  # folder and thread
+
+
+@contextlib.contextmanager
+def scratch(kind: str, parent: Path | None = None) -> Iterator[Path]:
+    """A folder that is removed when the block ends; those that killed processes left are removed first.
+
+    Args:
+        kind: what it is for, a part of its name.
+        parent: where it lies; the system's folder for temporary files by default (``TMPDIR`` names another).
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    prefix = f"mldcn-{kind}-"
+    names = {left.name for left in parent.glob(f"{prefix}*")}
+    names |= {left.name[1:].removesuffix(".lock") for left in parent.glob(f".{prefix}*.lock")}
+    for name in names:
+        with contextlib.suppress(UserError, OSError), locked(parent / name):
+            shutil.rmtree(parent / name, ignore_errors=True)
+    folder = parent / f"{prefix}{secrets.token_hex(4)}"
+    with locked(folder):
+        folder.mkdir(mode=0o700, parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Takes the exclusive lock of an open file; says whether it was had."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:
