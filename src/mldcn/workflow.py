@@ -28,6 +28,7 @@ from mldcn.schema import EmbeddingFeature, TableFeature
 from mldcn.training.evaluate import Evaluation, evaluate
 from mldcn.training.fit import Summary, fit, monitored
 from mldcn.training.observers import Observer
+from mldcn.training.warm_start import WarmStart
 
 Encoding = Callable[[str, int, int, int], None]
 
@@ -45,12 +46,16 @@ def check(config: Config) -> None:
     pick_device(config.training.device)
 
 
-def encoded_folder(config: Config, run: Path) -> Path:
-    """Where a config's encoded rows lie: beside the run, shared by runs with the same data and schema."""
+def encoded_folder(config: Config, run: Path, warm_start: WarmStart | None = None) -> Path:
+    """Where a config's encoded rows lie: beside the run, shared by runs with the same data and schema.
+
+    Rows encoded with another run's vocabularies have a folder of their own.
+    """
     if config.data.encoded is not None:
         return Path(config.data.encoded)
     data = config.data.model_dump(mode="json", exclude={"encoded", "memory_mb"})
-    key = json.dumps([data, config.log_schema.model_dump(mode="json")])
+    base = [warm_start.checksum(), warm_start.statistics] if warm_start is not None else []
+    key = json.dumps([data, config.log_schema.model_dump(mode="json"), *base])
     return run.parent / "encoded" / hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
 
 
@@ -59,12 +64,33 @@ def train(
     run: RunFolder,
     *,
     resume: bool = False,
+    warm_start: WarmStart | None = None,
     encoding: Encoding | None = None,
     observers: Sequence[Observer] = (),
 ) -> Summary:
-    """Encodes the log (or takes the encoded rows that are there), trains, and writes the run's report."""
-    data = prepare(config, encoded_folder(config, run.path), encoding)
-    summary = fit(config, run, data, resume=resume, observers=observers)
+    """Encodes the log (or takes the encoded rows that are there), trains, and writes the run's report.
+
+    Args:
+        config: the whole config.
+        run: a new folder, or one that an interrupted run left.
+        resume: go on with the interrupted run; it knows itself what it was started from.
+        warm_start: the finished run to begin with.
+        encoding: told of the encoding's progress.
+        observers: told of the training's.
+
+    Raises:
+        UserError: the log, the config or the run to start from do not go together.
+    """
+    if resume and "warm_start" in run.info():
+        warm_start = WarmStart.reopen(run.info()["warm_start"])
+    folder = encoded_folder(config, run.path, warm_start)
+    if warm_start is None:
+        data = prepare(config, folder, encoding)
+    else:
+        config = warm_start.adapt(config)
+        base, statistics = warm_start.encoder(), warm_start.statistics
+        data = prepare(config, folder, encoding, base=base, statistics=statistics)
+    summary = fit(config, run, data, resume=resume, warm_start=warm_start, observers=observers)
     write_report(run)
     return summary
 

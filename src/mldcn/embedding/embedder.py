@@ -91,6 +91,10 @@ class Embedder(nn.Module):
                 return stack.weight.detach()[stack.spans[name]]
         raise KeyError(name)
 
+    def spans(self) -> dict[str, dict[str, slice]]:
+        """Parameter, as :meth:`tables` names it -> table -> its rows there."""
+        return {f"stacks.{key}.weight": dict(stack.spans) for key, stack in self._stacks()}
+
     def flops(self) -> int:
         """GEMM FLOPs per example: projections, and 4 L e for an attention over L items (scores and sum)."""
         return sum(part.flops() for part in self.parts if isinstance(part, _Part))

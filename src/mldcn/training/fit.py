@@ -40,6 +40,7 @@ from mldcn.training.observers import Metrics, MLflow, Observer, Progress, Tensor
 from mldcn.training.optimisers import build_optimisers
 from mldcn.training.schedule import lr_factor
 from mldcn.training.table_optim import clip_grad_norm, coalesced
+from mldcn.training.warm_start import STATE, WarmStart, save_state
 
 REPORT_STEPS = 20  # the loss is read back, checked and shown this often
 
@@ -52,7 +53,7 @@ class Position:
     epoch: int = 0
     batch: int = 0  # batches of the current epoch that were trained on
     best: float | None = None
-    best_step: int = 0
+    best_step: int = -1  # -1: no weights are kept yet
     stale: int = 0  # evaluations since the best one
     seconds: float = 0.0  # spent training, evaluation apart
 
@@ -76,6 +77,7 @@ def fit(
     data: EncodedData,
     *,
     resume: bool = False,
+    warm_start: WarmStart | None = None,
     observers: Sequence[Observer] = (),
 ) -> Summary:
     """Trains a model on encoded rows and leaves a finished run in its folder.
@@ -88,6 +90,8 @@ def fit(
         run: a new folder, or one that an interrupted run left.
         data: the encoded rows.
         resume: go on from the newest checkpoint, if there is one.
+        warm_start: the run to begin with, whose encoder ``data`` was encoded from. Its weights are measured
+            before the first step, and are kept where no step betters them.
         observers: told of the progress.
 
     Raises:
@@ -95,7 +99,7 @@ def fit(
             validation rows to be fitted on, or the log is not the one that the interrupted run began with.
         Interrupted: Ctrl-C or SIGTERM; the newest checkpoint holds everything up to it.
     """
-    trainer = Trainer(config, run, data, observers)
+    trainer = Trainer(config, run, data, observers, warm_start)
     return trainer.fit(resume)
 
 
@@ -103,7 +107,12 @@ class Trainer:
     """The state of one run: model, optimisers, average, position."""
 
     def __init__(
-        self, config: Config, run: RunFolder, data: EncodedData, observers: Sequence[Observer]
+        self,
+        config: Config,
+        run: RunFolder,
+        data: EncodedData,
+        observers: Sequence[Observer],
+        warm_start: WarmStart | None = None,
     ) -> None:
         training = config.training
         if training.threads is not None:
@@ -113,9 +122,11 @@ class Trainer:
             raise UserError(
                 "evaluation.calibration: a calibrator is fitted on validation rows, and data.split gives none"
             )
-        self.config, self.run, self.data = spelled_out(config), run, data
+        self.config, self.run, self.data, self.warm_start = spelled_out(config), run, data, warm_start
         self.device = pick_device(training.device)
         self.model = Ranker(config.model, config.log_schema, data.encoder.layout).to(self.device)
+        if warm_start is not None:
+            warm_start.load_weights(self.model)
         self.monitor_task, self.monitor = monitored(config)
         self._check_labels()
         if training.compile:
@@ -124,6 +135,8 @@ class Trainer:
         self.optimisers = build_optimisers(training.optimiser, self.model)
         self.peak_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimisers]
         self.average = WeightAverage(self.model, training.ema, self.tables) if training.ema else None
+        if warm_start is not None:
+            warm_start.load_state(self.model, self.optimisers, self.average)
         self.task_weights = torch.tensor(
             [label.weight for label in config.log_schema.labels], device=self.device
         )
@@ -159,6 +172,8 @@ class Trainer:
 
     def _train(self, asked: threading.Event) -> None:
         config, position = self.config.training, self.position
+        if self.warm_start is not None and position.step == 0 and self.data.valid is not None:
+            self._validate()
         losses: list[Tensor] = []
         started, first_step = time.perf_counter(), position.step
         while position.epoch < config.epochs:
@@ -272,12 +287,15 @@ class Trainer:
             better = value == value and (
                 position.best is None or sign * (value - position.best) > config.min_delta
             )
-            if better or position.best_step == 0:
+            better = better or position.best_step < 0
+            if better:
                 position.best = value if value == value else position.best
                 position.best_step, position.stale = position.step, 0
                 save_weights(self.model, self.run.weights)
             else:
                 position.stale += 1
+        if better:
+            self._keep_state()
         line = {"step": position.step, "epoch": position.epoch, "metrics": metrics}
         with self.run.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -289,6 +307,12 @@ class Trainer:
         self.position.best_step = self.position.step
         with self.average.applied() if self.average else contextlib.nullcontext():
             save_weights(self.model, self.run.weights)
+        self._keep_state()
+
+    def _keep_state(self) -> None:
+        """Keeps the optimisers' state beside the weights that were just kept, for a later warm start."""
+        if self.config.training.keep_optimiser:
+            save_state(self.run.path / STATE, self.model, self.optimisers, self.average)
 
     def _evaluate(self, rows: EncodedRows, **options: Any) -> Evaluation:
         return evaluate(self.model, rows, self.config, device=self.device, **options)
@@ -337,10 +361,12 @@ class Trainer:
 
     def _describe_run(self) -> None:
         """Writes what the run is made of, before the first step."""
+        layout, start = self.data.encoder.layout, self.warm_start
+        begun = {"warm_start": start.describe(layout)} if start is not None else {}
         self.run.history.unlink(missing_ok=True)
         write_text(self.run.config, dump_config(self.config))
         self.data.encoder.save(self.run.encoder)
-        self.run.write_json("layout.json", self.data.encoder.layout.to_json())
+        self.run.write_json("layout.json", layout.to_json())
         self.run.write_info(
             {
                 "status": "running",
@@ -353,6 +379,7 @@ class Trainer:
                     for name in ("train", "valid", "test")
                     if (rows := getattr(self.data, name)) is not None
                 },
+                **begun,
             }
         )
 
