@@ -149,6 +149,16 @@ class OptimiserConfig(Strict):
     final_lr: float = Field(0.0, ge=0, le=1, description="of a decaying schedule, as a share of lr")
 
 
+class RecoveryConfig(Strict):
+    """What is done where the loss is not finite, or a spike: back to a checkpoint, slower, past that batch."""
+
+    tries: int = Field(3, ge=0, description="roll-backs before a run gives up; 0 gives up at once")
+    lr_factor: float = Field(0.3, gt=0, le=1, description="of the learning rate, at each roll-back")
+    spike: float | None = Field(
+        20.0, gt=1, description="times the median of recent losses, and times log 2, that a loss must exceed"
+    )
+
+
 class TrainingConfig(Strict):
     """The training loop."""
 
@@ -166,8 +176,15 @@ class TrainingConfig(Strict):
     eval_steps: int | None = Field(
         None, ge=1, description="evaluate every so many steps; each epoch by default"
     )
-    checkpoint_steps: int | None = Field(None, ge=1)
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="write a checkpoint every so many steps, beside those at evaluations"
+    )
+    checkpoint_minutes: float = Field(10.0, gt=0, description="at most this long without a checkpoint")
     keep_checkpoints: int = Field(2, ge=1)
+    keep_optimiser: bool = Field(
+        False, description="keep the optimisers' state in the run, for fit --warm-start --optimiser keep"
+    )
+    recovery: RecoveryConfig = RecoveryConfig()
     amp: Literal["off", "bf16"] = "off"
     compile: bool = False
     tensorboard: bool = False

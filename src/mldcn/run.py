@@ -5,6 +5,7 @@ config.yaml          the resolved config, every default spelled out
 encoder/             vocabularies and fitted transforms
 layout.json          what the columns of encoded rows are
 weights.safetensors  the best weights
+optimiser.safetensors  only where training.keep_optimiser asks for it: the optimisers' state of those weights
 calibrators.json     only where the config asks for them
 history.jsonl        a line an evaluation
 metrics.json         validation and test metrics of the best weights
