@@ -71,7 +71,7 @@ class WarmStart:
 
     @classmethod
     def reopen(cls, noted: Mapping[str, Any]) -> WarmStart:
-        """What :meth:`describe` noted in an interrupted run.
+        """What :meth:`note` gave to an interrupted run.
 
         Raises:
             UserError: the run that it started from is gone, or is another by now.
@@ -113,16 +113,20 @@ class WarmStart:
         )
         return config.model_copy(update={"model": config.model.model_copy(update={"embedding": embedding})})
 
-    def describe(self, layout: EncodedLayout) -> dict[str, Any]:
-        """What the new run notes of its start, as plain data."""
-        had = self._layout().tables
+    def note(self) -> dict[str, Any]:
+        """What a run started from this notes, so that :meth:`reopen` finds it again."""
         return {
             "run": str(self.run.path.resolve()),
             "crc32": self.checksum(),
             "statistics": self.statistics,
             "optimiser": self.optimiser,
-            "tables": {name: {"had": had[name], "has": rows} for name, rows in layout.tables.items()},
         }
+
+    def describe(self, layout: EncodedLayout) -> dict[str, Any]:
+        """:meth:`note`, and how the tables grew."""
+        had = self._layout().tables
+        grown = {name: {"had": had[name], "has": rows} for name, rows in layout.tables.items()}
+        return {**self.note(), "tables": grown}
 
     def load_weights(self, model: Ranker) -> None:
         """Gives a new model the run's weights; rows of new ids stay as they are.
