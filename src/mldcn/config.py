@@ -78,7 +78,13 @@ class DataConfig(Strict):
     format: Literal["auto", "csv", "tsv", "parquet"] = "auto"
     header: bool = Field(True, description="whether the first line of a text log names its columns")
     column_names: tuple[str, ...] = Field((), description="the columns of a text log without a header")
+    delimiter: str | None = Field(
+        None, description="one character between the columns of a text log; a comma in .csv, a tab in .tsv"
+    )
     missing: tuple[str, ...] = Field(("",), description="texts that mean a missing value")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="at a bad row: stop, or leave it out, count it and write it to a rejects file"
+    )
     split: Split = HashSplit(kind="hash")
     encoded: str | None = Field(None, description="folder for the encoded rows; the run's own by default")
     block_rows: int = Field(65_536, ge=1, description="rows encoded and shuffled together")
@@ -91,6 +97,13 @@ class DataConfig(Strict):
         if self.column_names and self.header:
             raise ValueError("column_names go with header: false")
         return self
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimits(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) != 1 or not value.isascii() or value in '"\r\n\0'):
+            raise ValueError("delimiter must be one ASCII character, and no quote or line end")
+        return value
 
 
 class EmbeddingConfig(Strict):

@@ -68,7 +68,7 @@ def test_blocks_have_the_asked_size_and_number_their_rows(tmp_path):
 
 
 def test_many_read_buffers_make_the_same_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("mldcn.data.reading.READ_BYTES", 64)
+    monkeypatch.setattr("mldcn.data.text_log.READ_BYTES", 64)
     rows = [(f"id-{i}", "x" * (i % 7)) for i in range(500)]
     log = write(tmp_path / "log.csv", "a,b\n" + "".join(f"{a},{b}\n" for a, b in rows))
     assert rows_of(log, DataConfig(block_rows=33)) == [(a, b or None) for a, b in rows]

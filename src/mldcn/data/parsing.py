@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +17,14 @@ from mldcn.config import suggest
 from mldcn.data import cells
 from mldcn.data.hashing import NO_KEY, Keys, hash_texts
 from mldcn.data.reading import RawBlock
+from mldcn.data.rejects import BadRows, Reject
 from mldcn.data.transforms import LARGEST
 from mldcn.errors import UserError
 from mldcn.schema import (
     Bucketised,
     Categorical,
     EmbeddingFeature,
+    Feature,
     Label,
     MultiCategorical,
     Numeric,
@@ -28,6 +32,9 @@ from mldcn.schema import (
     Sequence,
 )
 
+Out = TypeVar("Out")
+
+_LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 _TRUTHS: Mapping[str, float] = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
 
 
@@ -80,11 +87,60 @@ def columns(schema: Schema, *, labels: bool) -> tuple[tuple[str, ...], tuple[str
     return tuple(dict.fromkeys(needed)), tuple(dict.fromkeys(optional))
 
 
-def parse(schema: Schema, block: RawBlock, *, labels: bool = True) -> ParsedBlock:
-    """Reads every cell that the schema names.
+def salvage(block: RawBlock, work: Callable[[RawBlock], Out]) -> tuple[Out, RawBlock]:
+    """What ``work`` makes of a block, and the block it made it of.
+
+    Where bad rows are skipped and ``work`` finds some, it is called again without them: the block that comes back
+    has only good rows, and the others among its rejects.
 
     Raises:
-        UserError: a cell is not what the schema says; names file, row, column, value and remedy.
+        UserError: ``work`` raised it, and bad rows are not skipped, or the problem is not one of rows.
+    """
+    while True:
+        try:
+            return work(block), block
+        except BadRows as bad:
+            if not block.skip:
+                raise
+            block = block.without(bad)
+
+
+class _Found:
+    """The bad rows of a block, as its columns are read one after the other."""
+
+    def __init__(self, block: RawBlock) -> None:
+        self._skip = block.skip
+        self._rejects: dict[int, Reject] = {}
+
+    def read(self, work: Callable[[], Out], otherwise: Out) -> Out:
+        """What ``work`` reads of one column; if bad rows are skipped, they are noted and the next can be read."""
+        try:
+            return work()
+        except BadRows as bad:
+            if not self._skip:
+                raise
+            for index, reject in bad.rejects.items():
+                self._rejects.setdefault(index, reject)
+            return otherwise
+
+    def check(self) -> None:
+        """Raises what was noted."""
+        if self._rejects:
+            raise BadRows(self._rejects)
+
+
+def parse(schema: Schema, block: RawBlock, *, labels: bool = True, timed: bool = False) -> ParsedBlock:
+    """Reads every cell that the schema names.
+
+    Args:
+        schema: what the columns mean.
+        block: raw rows.
+        labels: false for rows to predict, whose labels are all NaN.
+        timed: a row without a time is bad, since the split goes by time.
+
+    Raises:
+        UserError: a cell is not what the schema says; names file, row, column, value and remedy. Where bad rows
+            are skipped, it knows all of them (see :func:`salvage`).
     """
     there = Counter(block.table.column_names)
     needed, _ = columns(schema, labels=labels)
@@ -98,36 +154,50 @@ def parse(schema: Schema, block: RawBlock, *, labels: bool = True) -> ParsedBloc
     def given(name: str | None) -> str | None:
         return name if name in there else None
 
-    time = np.full(rows, np.nan) if given(schema.time) is None else cells.times(block, str(schema.time))
+    found = _Found(block)
+    # Of a column with bad rows, this is taken until they are left out.
+    nothing, no_times = np.zeros(rows), np.full(rows, np.nan)
+    time = found.read(lambda: _times(block, given(schema.time), required=timed), no_times)
+    targets = [found.read(partial(_label, block, label), no_times) for label in schema.labels if labels]
     parsed = ParsedBlock(
         rows=rows,
-        labels=(
-            np.stack([_label(block, label) for label in schema.labels], axis=1)
-            if labels
-            else np.full((rows, len(schema.labels)), np.nan, np.float32)
-        ),
-        weight=_weight(block, given(schema.weight)),
-        position=_position(block, given(schema.position), schema.max_position),
-        request=_key(block, given(schema.request)),
-        user=_key(block, given(schema.user)),
+        labels=np.stack(targets or [no_times] * len(schema.labels), axis=1).astype(np.float32),
+        weight=found.read(lambda: _weight(block, given(schema.weight)), nothing).astype(np.float32),
+        position=found.read(
+            lambda: _position(block, given(schema.position), schema.max_position), nothing
+        ).astype(np.int32),
+        request=found.read(lambda: _key(block, given(schema.request)), np.zeros(rows, np.int64)),
+        user=found.read(lambda: _key(block, given(schema.user)), np.zeros(rows, np.int64)),
         time=time,
     )
     for feature in schema.features:
-        match feature:
-            case Numeric() | Bucketised():
-                parsed.numbers[feature.name] = cells.numbers(block, feature.log_column)
-            case Categorical():
-                parsed.ids[feature.name] = _single(block, feature.log_column)
-            case MultiCategorical():
-                lists = cells.lists(block, feature.log_column, feature.delimiter)
-                parsed.ids[feature.name] = _padded(
-                    block, feature.log_column, lists, feature.max_length, newest_first=False
-                )
-            case Sequence():
-                _sequence(block, feature, time, parsed)
-            case EmbeddingFeature():
-                parsed.vectors[feature.name] = _vectors(block, feature)
+        found.read(partial(_feature, block, feature, time, parsed), None)
+    found.check()
     return parsed
+
+
+def _feature(block: RawBlock, feature: Feature, time: cells.Floats, parsed: ParsedBlock) -> None:
+    match feature:
+        case Numeric() | Bucketised():
+            parsed.numbers[feature.name] = cells.numbers(block, feature.log_column)
+        case Categorical():
+            parsed.ids[feature.name] = _single(block, feature.log_column)
+        case MultiCategorical():
+            lists = cells.lists(block, feature.log_column, feature.delimiter)
+            parsed.ids[feature.name] = _padded(
+                block, feature.log_column, lists, feature.max_length, newest_first=False
+            )
+        case Sequence():
+            _sequence(block, feature, time, parsed)
+        case EmbeddingFeature():
+            parsed.vectors[feature.name] = _vectors(block, feature)
+
+
+def _times(block: RawBlock, name: str | None, *, required: bool) -> cells.Floats:
+    if name is None:
+        return np.full(len(block), np.nan)
+    times = cells.times(block, name)
+    return cells.known_times(block, name, times) if required else times
 
 
 def _single(block: RawBlock, name: str) -> Ids:
@@ -153,7 +223,7 @@ def _places(
 
 
 def _padded(block: RawBlock, name: str, lists: cells.Lists, length: int, *, newest_first: bool) -> Ids:
-    texts = cells.texts(block, name, lists.flat)
+    texts = cells.texts(block, name, lists.flat, lists)
     flat = hash_texts(texts)
     # "a||b": nothing stands between the delimiters.
     flat[pc.fill_null(pc.equal(texts, ""), False).to_numpy(zero_copy_only=False)] = NO_KEY
@@ -186,13 +256,14 @@ def _parallel(block: RawBlock, feature: Sequence, name: str, ids: cells.Lists) -
     lists = cells.lists(block, name, feature.delimiter)
     wrong = np.flatnonzero(lists.lengths != ids.lengths)
     if len(wrong):
-        row = int(wrong[0])
-        raise block.error(
-            row,
+        raise _bad_cells(
+            block,
             name,
-            cells.column(block, name)[row].as_py(),
-            f"has {lists.lengths[row]} elements, but column {feature.log_column!r} has {ids.lengths[row]}; "
-            "give one for each",
+            wrong,
+            lambda row: (
+                f"has {lists.lengths[row]} elements, but column {feature.log_column!r} has {ids.lengths[row]}; "
+                "give one for each"
+            ),
         )
     return lists
 
@@ -202,33 +273,37 @@ def _vectors(block: RawBlock, feature: EmbeddingFeature) -> NDArray[np.float32]:
     lists = cells.lists(block, name, feature.delimiter)
     wrong = np.flatnonzero((lists.lengths != feature.width) & (lists.lengths != 0))
     if len(wrong):
-        row = int(wrong[0])
-        raise block.error(
-            row,
+        raise _bad_cells(
+            block,
             name,
-            cells.column(block, name)[row].as_py(),
-            f"has {lists.lengths[row]} elements, expected {feature.width}; mend the row or set the width",
+            wrong,
+            lambda row: (
+                f"has {lists.lengths[row]} elements, expected {feature.width}; mend the row or set the width"
+            ),
         )
     flat = cells.numbers(block, name, lists.flat, lists)
     missing = np.flatnonzero(np.isnan(flat))
     if len(missing):
-        raise block.error(
-            lists.row_of(int(missing[0])),
-            name,
-            None,
-            "stands inside a vector; fill it, or leave the whole empty",
-        )
+        problem = "stands inside a vector; fill it, or leave the whole empty"
+        raise block.error(name, ((lists.row_of(index), None, problem) for index in missing.tolist()))
     vectors = np.zeros((len(block), feature.width), np.float32)
     vectors[lists.lengths > 0] = np.clip(flat, -LARGEST, LARGEST).reshape(-1, feature.width)
     return vectors
 
 
-def _label(block: RawBlock, label: Label) -> NDArray[np.float32]:
+def _bad_cells(
+    block: RawBlock, name: str, rows: NDArray[np.integer], problem: Callable[[int], str]
+) -> BadRows:
+    array = cells.column(block, name)
+    return block.error(name, ((row, array[row].as_py(), problem(row)) for row in rows.tolist()))
+
+
+def _label(block: RawBlock, label: Label) -> cells.Floats:
     name = label.log_column
     array = cells.column(block, name)
     if label.at_least is not None:
         values = cells.numbers(block, name, array)
-        return np.where(np.isnan(values), np.nan, values >= label.at_least).astype(np.float32)
+        return np.where(np.isnan(values), np.nan, values >= label.at_least)
     if cells.is_text(array.type):
         coded = array.dictionary_encode()
         truths = [_TRUTHS.get(text.strip().lower(), np.inf) for text in coded.dictionary.to_pylist()]
@@ -239,41 +314,32 @@ def _label(block: RawBlock, label: Label) -> NDArray[np.float32]:
         values = cells.numbers(block, name, array)
     wrong = np.flatnonzero(~np.isnan(values) & (values != 0) & (values != 1))
     if len(wrong):
-        row = int(wrong[0])
-        raise block.error(
-            row,
-            name,
-            array[row].as_py(),
+        problem = (
             "is no label; labels are 0 and 1 (or false and true), empty where unknown. Mend the row, or give "
-            "the label at_least to make a task of a number",
+            "the label at_least to make a task of a number"
         )
-    return values.astype(np.float32)
+        raise _bad_cells(block, name, wrong, lambda _: problem)
+    return values
 
 
-def _weight(block: RawBlock, name: str | None) -> NDArray[np.float32]:
+def _weight(block: RawBlock, name: str | None) -> cells.Floats:
     if name is None:
-        return np.ones(len(block), np.float32)
+        return np.ones(len(block))
     values = cells.numbers(block, name)
-    wrong = np.flatnonzero(~(values >= 0))
+    wrong = np.flatnonzero(~(values >= 0) | (values > _LARGEST_WEIGHT))
     if len(wrong):
-        row = int(wrong[0])
-        value = cells.column(block, name)[row].as_py()
-        raise block.error(
-            row, name, value, "is no weight; give a number of at least 0 (0 leaves the row out)"
-        )
-    return values.astype(np.float32)
+        problem = "is no weight; give a number of at least 0 (0 leaves the row out) that float32 can hold"
+        raise _bad_cells(block, name, wrong, lambda _: problem)
+    return values
 
 
-def _position(block: RawBlock, name: str | None, largest: int) -> NDArray[np.int32]:
+def _position(block: RawBlock, name: str | None, largest: int) -> cells.Floats:
     if name is None:
-        return np.zeros(len(block), np.int32)
+        return np.zeros(len(block))
     values = cells.numbers(block, name)
     unknown = np.isnan(values)
     wrong = np.flatnonzero(~unknown & ((values < 1) | (values != np.floor(values))))
     if len(wrong):
-        row = int(wrong[0])
-        value = cells.column(block, name)[row].as_py()
-        raise block.error(
-            row, name, value, "is no position; positions are whole numbers, 1 the top, empty where unknown"
-        )
-    return np.where(unknown, 0, np.minimum(values, largest)).astype(np.int32)
+        problem = "is no position; positions are whole numbers, 1 the top, empty where unknown"
+        raise _bad_cells(block, name, wrong, lambda _: problem)
+    return np.where(unknown, 0, np.minimum(values, largest))

@@ -257,7 +257,7 @@ def _kind(look: Look) -> tuple[Kind, int, int]:
 
 
 def _all_numbers(flat: pa.Array) -> bool:
-    return cells.first_failure(flat, lambda part: pc.cast(part, pa.float64())) is None
+    return next(cells.failures(flat, lambda part: pc.cast(part, pa.float64())), None) is None
 
 
 def _transform(look: Look) -> str:

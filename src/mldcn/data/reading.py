@@ -1,62 +1,93 @@
 """Streams a log (CSV, TSV or Parquet; plain, gzip or zstd; one file or many) as blocks of bounded size.
 
 Text is never guessed at: the columns of a text log come as strings, those of a Parquet log in their own types.
-Memory holds one read buffer and one block of rows; a Parquet row group is read whole.
+Memory holds one read buffer and one block of rows: at most ``data.block_rows`` of them, and some 64 MiB.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import io
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as arrow_csv
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mldcn.config import DataConfig, suggest
+from mldcn.data.parquet_log import ParquetLog
+from mldcn.data.rejects import BadRows, Reject, described
+from mldcn.data.text_log import Piece, TextLog
 from mldcn.errors import UserError
 
 Format = Literal["csv", "tsv", "parquet"]
 
-READ_BYTES = 4 << 20
+# A block that has reached so many bytes takes no more rows.
+BLOCK_BYTES = 64 << 20
 _FORMATS: dict[str, Format] = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet"}
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _ENDINGS = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
 class RawBlock:
-    """Some consecutive rows of one file, as they were read.
+    """Some rows of one file, as they were read.
 
-    ``first_row`` is the number of the block's first row in its file; the first row below the header is 1.
+    first_row: the number of the block's first row in its file; the first row below the header is 1.
+    numbers: each row's number in its file, where rows of the block may have been left out; None if none was.
+    rejects: the rows of the block's range that were left out. skip: leave out bad rows, do not stop at them.
     """
 
     table: pa.Table
     file: str
     first_row: int
+    numbers: NDArray[np.int64] | None = None
+    rejects: tuple[Reject, ...] = ()
+    skip: bool = False
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def error(self, index: int, column: str, value: object, problem: str) -> UserError:
-        """An error that names the file, the row, the column and the value."""
-        return UserError(
-            f"{self.file}: row {self.first_row + index}, column {column!r}: {shown(value)} {problem}"
-        )
+    @property
+    def span(self) -> int:
+        """The number of rows of the file that the block stands for, those left out included."""
+        return len(self) + len(self.rejects)
 
+    def positions(self) -> NDArray[np.int64]:
+        """Each row's place in the block's range, from 0, ``(n,)``; rows left out have places too."""
+        if self.numbers is None:
+            return np.arange(len(self))
+        return self.numbers - self.first_row
 
-def shown(value: object) -> str:
-    """A value as an error prints it, cut where it is long."""
-    text = "an empty cell" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    def error(self, column: str, found: Iterable[tuple[int, object, str]]) -> BadRows:
+        """An error that names the file, the row, the column, the value and the problem.
+
+        Args:
+            column: the column.
+            found: (index of the row in the block, value, problem), the first row first. Unless bad rows are
+                skipped, only the first is taken.
+        """
+        rejects: dict[int, Reject] = {}
+        message = None
+        for index, value, problem in found:
+            if index not in rejects:
+                row = self.first_row + index if self.numbers is None else int(self.numbers[index])
+                text = "" if value is None else str(value)
+                rejects[index] = Reject(self.file, row, column, text, problem)
+                message = message or described(rejects[index], value)
+            if not self.skip:
+                break
+        return BadRows(rejects, message)
+
+    def without(self, bad: BadRows) -> RawBlock:
+        """The block with some rows left out."""
+        good = np.setdiff1d(np.arange(len(self)), list(bad.rejects), assume_unique=True)
+        numbers = self.first_row + np.arange(len(self)) if self.numbers is None else self.numbers
+        rejects = sorted([*self.rejects, *bad.rejects.values()], key=lambda reject: reject.row)
+        return replace(self, table=self.table.take(good), numbers=numbers[good], rejects=tuple(rejects))
 
 
 def open_log(
@@ -106,16 +137,18 @@ class LogReader:
     def blocks(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[RawBlock]:
         """See :func:`open_log`."""
         self.bytes_done = 0
+        skip = self.data.on_error == "skip"
         for path, kind, size in zip(self.files, self.formats, self.sizes, strict=True):
             before = self.bytes_done
             if size == 0:
                 raise UserError(f"{path}: is empty; remove it from the data's files or write it again")
-            source = self._parquet if kind == "parquet" else self._text
-            rows = 0
-            for table in _reblocked(source(path, columns, optional), self.data.block_rows):
-                yield RawBlock(_without_missing(table, self.data.missing, kind), str(path), rows + 1)
-                rows += table.num_rows
-            if rows == 0:
+            row = 1
+            pieces = self._pieces(path, kind, columns, optional)
+            for cut in _Reblocker(self.data.block_rows).blocks(pieces):
+                block = RawBlock(cut.table, str(path), row, cut.numbers, cut.rejects, skip)
+                row += block.span
+                yield block
+            if row == 1:
                 raise UserError(f"{path}: holds no rows; remove it from the data's files or write it again")
             self.bytes_done = before + size
 
@@ -125,28 +158,17 @@ class LogReader:
         Raises:
             UserError: the file has no readable header.
         """
-        if kind == "parquet":
-            with _parquet_file(path) as file:
-                return list(file.schema_arrow.names)
-        if not self.data.header:
-            if not self.data.column_names:
-                raise UserError(f"{path}: data.header is false, so data.column_names must name the columns")
-            return list(self.data.column_names)
-        with path.open("rb") as raw:
-            if path.stat().st_size == 0:
-                raise UserError(f"{path}: is empty; remove it from the data's files or write it again")
-            try:
-                first = next(_records(_decompressed(raw), _delimiter(kind)), None)
-            except (OSError, csv.Error, ValueError) as error:
-                raise UserError(
-                    f"{path}: its header cannot be read ({error}); write the file again"
-                ) from None
-        if not first or _undecodable(first):
-            raise UserError(f"{path}: its first line is no header in UTF-8; write the file again in UTF-8")
-        return first
+        return self._log(path, kind).names()
 
-    def _wanted(self, path: Path, kind: Format, columns: Sequence[str], optional: Sequence[str]) -> list[str]:
-        names = self.names(path, kind)
+    def _log(self, path: Path, kind: Format) -> TextLog | ParquetLog:
+        if kind == "parquet":
+            return ParquetLog(path, self.data)
+        delimiter = self.data.delimiter or ("\t" if kind == "tsv" else ",")
+        return TextLog(path, self.data, delimiter, digesting=self._digesting)
+
+    def _wanted(
+        self, path: Path, names: list[str], columns: Sequence[str], optional: Sequence[str]
+    ) -> list[str]:
         for name in columns:
             if name not in names:
                 raise UserError(f"{path}: has no column {name!r}{suggest(name, names)}")
@@ -156,95 +178,18 @@ class LogReader:
             raise UserError(f"{path}: column {twice[0]!r} is there twice; rename one of them")
         return wanted
 
-    def _text(self, path: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[pa.Table]:
-        kind: Format = "tsv" if _format(path, self.data) == "tsv" else "csv"
-        wanted = self._wanted(path, kind, columns, optional)
-        before = self.bytes_done
-        with path.open("rb") as raw:
-            counted = _Counted(raw, self._digesting)
-            try:
-                reader = arrow_csv.open_csv(
-                    _decompressed(raw, counted),
-                    read_options=arrow_csv.ReadOptions(
-                        block_size=READ_BYTES,
-                        use_threads=False,
-                        column_names=None if self.data.header else list(self.data.column_names),
-                    ),
-                    parse_options=arrow_csv.ParseOptions(
-                        delimiter=_delimiter(kind), newlines_in_values=True, ignore_empty_lines=True
-                    ),
-                    convert_options=arrow_csv.ConvertOptions(
-                        column_types=dict.fromkeys(wanted, pa.string()),
-                        include_columns=wanted,
-                        null_values=list(self.data.missing),
-                        strings_can_be_null=True,
-                    ),
-                )
-                for batch in reader:
-                    yield pa.Table.from_batches([batch])
-                    self.bytes_done = before + counted.bytes
-            except (pa.ArrowInvalid, OSError) as error:
-                raise self._text_error(path, kind, error) from None
-            if self._digesting:
-                self.digests[str(path)] = counted.digest.hexdigest()
-
-    def _text_error(self, path: Path, kind: Format, error: Exception) -> UserError:
-        """Finds the row that the fast parser could not read, in a slow pass of its own."""
-        names = self.names(path, kind)
-        row = 0
-        with path.open("rb") as raw:
-            try:
-                for record in _records(_decompressed(raw), _delimiter(kind)):
-                    if row == 0 and self.data.header:
-                        row = 1
-                        continue
-                    number = row if self.data.header else row + 1
-                    if len(record) != len(names):
-                        remedy = "mend or remove the row"
-                        if number == 1:
-                            remedy = "check data.format, data.header and data.column_names"
-                        return UserError(
-                            f"{path}: row {number} has {len(record)} columns, expected {len(names)}; {remedy}"
-                        )
-                    bad = _undecodable(record)
-                    if bad is not None:
-                        return UserError(
-                            f"{path}: row {number}, column {names[bad]!r}: {_as_bytes(record[bad])} is not UTF-8; "
-                            "write the file again in UTF-8"
-                        )
-                    row += 1
-            except (OSError, EOFError, pa.ArrowInvalid) as cut:
-                read = row - 1 if self.data.header else row
-                return UserError(
-                    f"{path}: the compressed file is cut short or damaged after row {max(read, 0)} ({cut}); "
-                    "copy it again"
-                )
-            except csv.Error as problem:
-                return UserError(f"{path}: row {row + 1} cannot be read ({problem}); mend or remove the row")
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if row == 0:
-            return UserError(f"{path}: holds no rows; remove it from the data's files or write it again")
-        return UserError(f"{path}: cannot be read as {kind.upper()} ({reason})")
-
-    def _parquet(self, path: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[pa.Table]:
-        wanted = self._wanted(path, "parquet", columns, optional)
+    def _pieces(
+        self, path: Path, kind: Format, columns: Sequence[str], optional: Sequence[str]
+    ) -> Iterator[Piece]:
+        log = self._log(path, kind)
+        wanted = self._wanted(path, log.names(), columns, optional)
         before, size = self.bytes_done, path.stat().st_size
-        rows = 0
-        try:
-            with _parquet_file(path) as file:
-                total = max(file.metadata.num_rows, 1)
-                for batch in file.iter_batches(
-                    batch_size=self.data.block_rows, columns=wanted, use_threads=True
-                ):
-                    rows += batch.num_rows
-                    yield pa.Table.from_batches([batch]).select(wanted)
-                    self.bytes_done = before + size * rows // total
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise UserError(
-                f"{path}: damaged Parquet file, unreadable after row {rows} ({_first_line(error)}); copy it again"
-            ) from None
+        for piece in log.pieces(wanted):
+            yield piece
+            done = log.bytes_done if isinstance(log, TextLog) else int(size * log.share_done)
+            self.bytes_done = before + done
         if self._digesting:
-            self.digests[str(path)] = digest(path)
+            self.digests[str(path)] = log.digest if isinstance(log, TextLog) else digest(path)
 
 
 def expand(files: Sequence[str | Path]) -> list[Path]:
@@ -281,26 +226,6 @@ def digest(path: Path) -> str:
     return value.hexdigest()
 
 
-class _Counted(io.RawIOBase):
-    """A file that counts what is read from it, and digests it if asked."""
-
-    def __init__(self, raw: BinaryIO, digesting: bool) -> None:
-        self._raw = raw
-        self._digesting = digesting
-        self.bytes = 0
-        self.digest = hashlib.blake2b(digest_size=16)
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        chunk = self._raw.read(size)
-        self.bytes += len(chunk)
-        if self._digesting:
-            self.digest.update(chunk)
-        return chunk
-
-
 def _format(path: Path, data: DataConfig) -> Format:
     if data.format != "auto":
         return data.format
@@ -313,98 +238,48 @@ def _format(path: Path, data: DataConfig) -> Format:
     return _FORMATS[name.suffix]
 
 
-def _delimiter(kind: Format) -> str:
-    return "\t" if kind == "tsv" else ","
+class _Reblocker:
+    """Makes blocks of pieces: exactly ``block_rows`` rows each, fewer where they are large and at the end.
 
+    A block comes with its rows' numbers, and the rejects before its last row.
+    """
 
-def _decompressed(raw: BinaryIO, source: Any = None) -> Any:
-    """A binary stream of the file's content; the compression is told by its first bytes."""
-    head = raw.read(4)
-    raw.seek(0)
-    for magic, compression in _COMPRESSED.items():
-        if head.startswith(magic):
-            return pa.CompressedInputStream(pa.PythonFile(source or raw, mode="r"), compression)
-    return pa.PythonFile(source or raw, mode="r")
+    def __init__(self, block_rows: int) -> None:
+        self._block_rows = block_rows
+        self._tables: list[pa.Table] = []
+        self._numbers: list[NDArray[np.int64]] = []
+        self._rejects: deque[Reject] = deque()
+        self._rows = self._bytes = 0
 
+    def blocks(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The blocks of one file; each column in one chunk."""
+        for piece in pieces:
+            self._tables.append(piece.table)
+            if piece.numbers is not None:
+                self._numbers.append(piece.numbers)
+            self._rejects += piece.rejects
+            self._rows += piece.table.num_rows
+            self._bytes += piece.table.nbytes
+            while self._rows >= self._block_rows:
+                yield self._cut(self._block_rows)
+            if self._bytes >= BLOCK_BYTES:
+                yield self._cut(self._rows)
+        if self._rows:
+            last = self._cut(self._rows)
+            yield replace(last, rejects=(*last.rejects, *self._rejects))
+        elif self._rejects:
+            last = self._cut(0)
+            yield replace(last, rejects=tuple(self._rejects))
 
-def _records(stream: Any, delimiter: str) -> Iterator[list[str]]:
-    """The records of a text log, slowly; bytes that are not UTF-8 become lone surrogates."""
-    text = io.TextIOWrapper(
-        io.BufferedReader(_Readable(stream)), encoding="utf-8-sig", errors="surrogateescape", newline=""
-    )
-    return (record for record in csv.reader(text, delimiter=delimiter) if record)
-
-
-class _Readable(io.RawIOBase):
-    """Gives an Arrow stream the interface of Python's buffered readers."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        chunk = self._stream.read(len(buffer))
-        buffer[: len(chunk)] = chunk
-        return len(chunk)
-
-
-def _undecodable(record: list[str]) -> int | None:
-    for index, field in enumerate(record):
-        try:
-            field.encode("utf-8")
-        except UnicodeEncodeError:
-            return index
-    return None
-
-
-def _as_bytes(field: str) -> str:
-    """A text that is not UTF-8 as an error prints it: the wrong bytes in hexadecimal."""
-    text = field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return f"'{text}'" if len(text) <= 78 else f"'{text[:75]}..."
-
-
-def _parquet_file(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise UserError(f"{path}: no readable Parquet file ({_first_line(error)}); copy it again") from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _reblocked(tables: Iterator[pa.Table], block_rows: int) -> Iterator[pa.Table]:
-    """Tables of exactly ``block_rows`` rows, the last one shorter, each column in one chunk."""
-    held: list[pa.Table] = []
-    rows = 0
-    for table in tables:
-        held.append(table)
-        rows += table.num_rows
-        if rows < block_rows:
-            continue
-        joined = pa.concat_tables(held)
-        whole = rows - rows % block_rows
-        for start in range(0, whole, block_rows):
-            yield joined.slice(start, block_rows).combine_chunks()
-        held, rows = [joined.slice(whole)], rows - whole
-    if rows:
-        yield pa.concat_tables(held).combine_chunks()
-
-
-def _without_missing(table: pa.Table, missing: tuple[str, ...], kind: Format) -> pa.Table:
-    """Texts that mean a missing value become nulls in a Parquet log too, so that both kinds of log agree."""
-    if kind != "parquet":
-        return table
-    for index, field in enumerate(table.schema):
-        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-            column = table.column(index)
-            is_missing = pc.is_in(column, value_set=pa.array(missing, field.type))
-            if pc.any(is_missing).as_py():
-                table = table.set_column(
-                    index, field.name, pc.if_else(is_missing, pa.scalar(None, field.type), column)
-                )
-    return table
+    def _cut(self, rows: int) -> Piece:
+        joined = pa.concat_tables(self._tables)
+        table, rest = joined.slice(0, rows).combine_chunks(), joined.slice(rows)
+        self._tables, self._rows, self._bytes = [rest], rest.num_rows, rest.nbytes if rest.num_rows else 0
+        if not self._numbers:
+            return Piece(table)
+        joined_numbers = np.concatenate(self._numbers)
+        numbers, self._numbers = joined_numbers[:rows], [joined_numbers[rows:]]
+        rejects: list[Reject] = []
+        while self._rejects and rows and self._rejects[0].row < numbers[-1]:
+            rejects.append(self._rejects.popleft())
+        return Piece(table, numbers, tuple(rejects))

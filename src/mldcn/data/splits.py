@@ -40,7 +40,7 @@ class HashRule:
             for name in split.columns:
                 keys = splitmix64(keys ^ hash_texts(cells.texts(block, name), split.seed))
         else:
-            keys = hash_numbers(np.arange(first, first + len(block)), split.seed)
+            keys = hash_numbers(first + block.positions(), split.seed)
         # The upper 53 bits: a uniform number in [0, 1) that float64 holds exactly.
         uniform = (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
         rest = np.where(uniform < split.test + split.valid, VALID, TRAIN)
@@ -92,7 +92,7 @@ class ThresholdRule:
 
     def parts(self, block: RawBlock, first: int) -> Parts:
         """The part of each row, ``(n,)``; ``first`` is the number of the first one in the whole log, from 0."""
-        at = row_times(block, self.columns[0]) if self.columns else np.arange(first, first + len(block))
+        at = row_times(block, self.columns[0]) if self.columns else first + block.positions()
         rest = np.where(at >= self._valid_from, VALID, TRAIN)
         return np.where(at >= self._test_from, TEST, rest).astype(np.int8)
 
@@ -122,16 +122,7 @@ def row_times(block: RawBlock, name: str) -> cells.Floats:
     Raises:
         UserError: a row has no time.
     """
-    times = cells.times(block, name)
-    missing = np.flatnonzero(np.isnan(times))
-    if len(missing):
-        raise block.error(
-            int(missing[0]),
-            name,
-            None,
-            "is no time, and data.split goes by time; fill it, or use another split",
-        )
-    return times
+    return cells.known_times(block, name, cells.times(block, name))
 
 
 class TimesOnDisk:
