@@ -228,11 +228,16 @@ def predict(
 
     Example: mldcn predict runs/mldcn tomorrow.csv --out scores.csv --keep request_id --keep pin_id
     """
+    from mldcn.console import err
     from mldcn.console import out as screen
     from mldcn.predict import Predictor, predict_file
 
-    rows = predict_file(Predictor.load(run), [str(path) for path in log], out, keep)
-    screen.print(f"wrote {out}: {rows:,} rows", markup=False)
+    scored = predict_file(Predictor.load(run), [str(path) for path in log], out, keep)
+    screen.print(f"wrote {out}: {scored.rows:,} rows", markup=False)
+    if scored.rejected:
+        err.print(
+            f"warning: {scored.rejected:,} bad rows are left out; {scored.rejects} names each", markup=False
+        )
 
 
 @app.command()

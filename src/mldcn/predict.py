@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 from mldcn.config import Config, load_config
 from mldcn.data.encoder import EncodedBlock, Encoder
+from mldcn.data.parsing import salvage
 from mldcn.data.reading import RawBlock, open_log, table_blocks
+from mldcn.data.rejects import RejectsFile
 from mldcn.errors import UserError
 from mldcn.metrics import Isotonic, Platt, calibrator_from_json
 from mldcn.model import Ranker, load_weights, pick_device
@@ -111,14 +114,26 @@ def unsampled(scores: NDArray[np.float32], rates: Sequence[float]) -> NDArray[np
     return (scores / (scores + (1.0 - scores) / kept)).astype(np.float32, copy=False)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What :func:`predict_file` wrote: rows with scores, bad rows left out, and the file that names those."""
+
+    rows: int
+    rejected: int
+    rejects: Path | None
+
+
 def predict_file(
     predictor: Predictor,
     files: Sequence[str | Path],
     target: Path,
     keep: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
-) -> int:
+) -> Scored:
     """Scores a raw log row by row, in its order, and writes ``keep`` columns and one ``p_<task>`` a task.
+
+    Where the run's config says ``data.on_error: skip``, bad rows are left out and written to a file beside the
+    target, ``<name>.rejects.csv``.
 
     Args:
         predictor: the model.
@@ -128,18 +143,22 @@ def predict_file(
         progress: told the rows done so far.
 
     Returns:
-        The number of rows.
+        How many rows were scored and left out.
 
     Raises:
-        UserError: a row cannot be read, or the target's extension is another.
+        UserError: a row cannot be read, every row is bad, or the target's extension is another.
     """
     columns = list(dict.fromkeys([*predictor.config.log_schema.feature_columns(), *keep]))
     done = 0
+    beside = target.with_name(f"{target.stem}.rejects.csv")
 
-    def scored() -> Iterator[pa.Table]:
+    def scored(rejects: RejectsFile) -> Iterator[pa.Table]:
         nonlocal done
-        for block in open_log(files, predictor.config.data, columns):
-            scores = predictor.predict_block(block)
+        for raw in open_log(files, predictor.config.data, columns):
+            scores, block = salvage(raw, predictor.predict_block)
+            rejects.add(block.rejects)
+            if not len(block):
+                continue
             kept = {name: block.table[name] for name in keep}
             named = {f"{PROBABILITY}{task}": scores[:, i] for i, task in enumerate(predictor.tasks)}
             yield pa.table({**kept, **named})
@@ -147,9 +166,15 @@ def predict_file(
             if progress is not None:
                 progress(done)
 
-    with atomic(target) as temporary:
-        _write_tables(scored(), temporary, target.suffix)
-    return done
+        rejects.refuse_all(done)
+
+    with atomic(target) as temporary, atomic(beside) as left_out:
+        with RejectsFile(left_out) as rejects:
+            _write_tables(scored(rejects), temporary, target.suffix)
+        count = rejects.count
+    if not count:
+        beside.unlink(missing_ok=True)
+    return Scored(done, count, beside if count else None)
 
 
 def _write_tables(tables: Iterable[pa.Table], path: Path, suffix: str) -> None:
@@ -158,7 +183,7 @@ def _write_tables(tables: Iterable[pa.Table], path: Path, suffix: str) -> None:
     kinds = {".csv": csv.CSVWriter, ".parquet": parquet.ParquetWriter}
     if suffix not in kinds:
         raise UserError(f"--out: unknown extension {suffix!r}; use .csv or .parquet")
-    writer = None
+    writer = schema = None
     try:
         for table in tables:
             nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
@@ -167,8 +192,26 @@ def _write_tables(tables: Iterable[pa.Table], path: Path, suffix: str) -> None:
                     f"--keep {nested[0]}: holds lists, which CSV cannot hold; write a .parquet file"
                 )
             if writer is None:
-                writer = kinds[suffix](str(path), table.schema)
-            writer.write_table(table)
+                schema = table.schema
+                writer = kinds[suffix](str(path), schema)
+            writer.write_table(_of_schema(table, schema))
     finally:
         if writer is not None:
             writer.close()
+
+
+def _of_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of a later file in the types of the first one's."""
+    if table.schema.equals(schema):
+        return table
+    for name in table.column_names:
+        kind, there = schema.field(name).type, table.schema.field(name).type
+        try:
+            table = table.set_column(
+                table.column_names.index(name), schema.field(name), table[name].cast(kind)
+            )
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise UserError(
+                f"--keep {name}: holds {there} in one file of the log and {kind} in those before; score them apart"
+            ) from None
+    return table
