@@ -1,7 +1,7 @@
 """``pinads``: a synthetic log of ad impressions whose true probabilities are known."""
 
 from mldcn.datasets.pinads.bayes import BayesMeter, bayes
-from mldcn.datasets.pinads.files import write_log
+from mldcn.datasets.pinads.files import write_days, write_log
 from mldcn.datasets.pinads.log import (
     Columns,
     History,
@@ -28,5 +28,6 @@ __all__ = [
     "label_matrix",
     "pinads_config",
     "simulate",
+    "write_days",
     "write_log",
 ]

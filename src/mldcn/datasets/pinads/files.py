@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from mldcn.datasets.pinads.bayes import BayesMeter
 from mldcn.datasets.pinads.log import batches, label_matrix
 from mldcn.datasets.pinads.truth import World
-from mldcn.datasets.pinads.world import TASKS, PinadsConfig
+from mldcn.datasets.pinads.world import DAY, START, TASKS, PinadsConfig
 
 FORMAT_VERSION = 1
 
@@ -69,11 +70,65 @@ def write_log(
             done += batch.num_rows
             if progress is not None:
                 progress(done, size)
+    return _tell(folder, world, size, {name: meter.result() for name, meter in meters.items()})
+
+
+def write_days(
+    folder: str | Path,
+    size: int,
+    config: PinadsConfig | None = None,
+    *,
+    format: Literal["parquet", "csv"] = "parquet",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes a file a day, ``day-01.parquet`` (or ``.csv``) and so on, and ``truth.json``.
+
+    Together they hold the rows that :func:`write_log` writes, in the same order.
+
+    Args:
+        folder: is made where it does not exist.
+        size: number of impressions, of all days.
+        config: the world; the default one where left out.
+        format: of the log.
+        progress: is called with (impressions done, size).
+
+    Returns:
+        What ``truth.json`` says: for each task the Bayes-optimal AUC and log loss of each day.
+    """
+    world = World(config or PinadsConfig())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    log: _Writer | None = None
+    meter, name, today, done = BayesMeter(), "", -1, 0
+    with ExitStack() as stack:  # no file takes its name before all are written
+        for batch, probability in batches(world, size):
+            days = (batch.column("timestamp").to_numpy() - START) // DAY
+            for day in np.unique(days):
+                if log is None or day != today:
+                    if log is not None:
+                        found[name] = meter.result()
+                        log.flush()
+                    today, name, meter = int(day), f"day-{day + 1:02}", BayesMeter()
+                    log = stack.enter_context(_Writer(folder / f"{name}.{format}"))
+                rows = np.flatnonzero(days == day)
+                part = batch.slice(rows[0], len(rows))
+                log.write(part)
+                meter.add(probability[rows], label_matrix(part))
+            done += batch.num_rows
+            if progress is not None:
+                progress(done, size)
+        found[name] = meter.result()
+    return _tell(folder, world, size, found)
+
+
+def _tell(folder: Path, world: World, size: int, bayes: dict[str, Any]) -> dict[str, Any]:
+    """Writes ``truth.json``; gives what it says."""
     told = {
         "format_version": FORMAT_VERSION,
         "size": size,
-        "config": world.config.model_dump(mode="json"),
-        "bayes": {name: meter.result() for name, meter in meters.items()},
+        "config": world.config.told(),
+        "bayes": bayes,
     }
     part = folder / "truth.json.part"
     part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -112,11 +167,11 @@ class _Writer:
         """Adds rows."""
         self._waiting.append(batch)
         if sum(waiting.num_rows for waiting in self._waiting) >= self.rows:
-            self._flush()
+            self.flush()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
-            self._flush()
+            self.flush()
         if self._file is not None:
             self._file.close()
         if kind is None:
@@ -124,7 +179,8 @@ class _Writer:
         else:
             self._part.unlink(missing_ok=True)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes what was gathered."""
         if not self._waiting:
             return
         table = pa.Table.from_batches(self._waiting)

@@ -200,15 +200,15 @@ def _chunk(world: World, number: int, done: int, size: int) -> Impressions:
     config = world.config
     rng = stream(config.seed, 20, number)
     asked = config.chunk_requests
-    users = pick(rng, world.users.activity, asked)
+    now = _seconds(config, np.array([done / size]))[0]
+    users = pick(rng, np.where(world.users.birth <= now, world.users.activity, 0.0), asked)
     surface = pick(rng, SURFACE_SHARES, asked)
     usual = rng.random(asked) < 0.8
     device = np.where(usual, world.users.device[users], pick(rng, DEVICE_SHARES, asked))
     width = config.max_candidates
     least = config.min_candidates
     wanted = least + np.floor(rng.random(asked) * (width - least + 1)).astype(np.int64)
-    servable = world.items.birth <= _seconds(config, np.array([done / size]))[0]
-    weight = np.where(servable, world.items.popularity, 0.0)
+    weight = np.where(world.items.birth <= now, world.items.popularity, 0.0)
     items = world.retrieve(rng, np.repeat(users, width), weight).reshape(asked, width)
     shown = np.arange(width) < wanted[:, None]
     for place in range(1, width):  # an ad is shown once in a request

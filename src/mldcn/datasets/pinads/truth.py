@@ -30,6 +30,11 @@ The terms, each with its own random numbers:
               taste and category says how much each intent counts. Near one-hot for most impressions.
 ``dense``     a random MLP with two hidden tanh layers of 32 on all fields: no sparse product structure.
 
+With ``drift`` d, the numbers of ``identity``'s quality and the loadings of ``pairs``, ``cross``, ``gated`` and
+``dense`` move at midnight: x(day) = sqrt(1 - d) x(day - 1) + sqrt(d) new, the new ones drawn as the first were.
+So ads' rates and the interactions' strengths wander, their deviation stays, and the probability of an impression
+still follows from its user, item and context alone, whose time names the day.
+
 Nothing here follows the equations of any model in this package: products of soft conditions are a common
 account of feature crosses, gates are a softmax mixture (the form of DCN-Mix and MMoE rather than of a mask),
 and ``dense`` is a plain MLP. ``truth`` and ``weights`` turn the terms up, down and off.
@@ -37,6 +42,7 @@ and ``dense`` is a plain MLP. ``truth`` and ``weights`` turn the terms up, down 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +136,38 @@ class Split:
             else:
                 total += part
         return total
+
+
+class Drifting:
+    """Numbers that move at midnight, or stand still where ``drift`` is 0.
+
+    Args:
+        first: those of day 0.
+        drift: share of their variance that is new each day.
+        draw: draws numbers like the first ones.
+        seed: of the world.
+        key: tells these numbers from others that drift.
+    """
+
+    def __init__(
+        self,
+        first: Floats,
+        drift: float,
+        draw: Callable[[np.random.Generator], Floats],
+        seed: int,
+        key: int,
+    ) -> None:
+        self._days = [first]
+        self._drift, self._draw, self._seed, self._key = drift, draw, seed, key
+
+    def on(self, day: int) -> Floats:
+        """The numbers of a day."""
+        if not self._drift:
+            return self._days[0]
+        while len(self._days) <= day:
+            new = self._draw(stream(self._seed, 11, self._key, len(self._days)))
+            self._days.append(np.sqrt(1 - self._drift) * self._days[-1] + np.sqrt(self._drift) * new)
+        return self._days[day]
 
 
 class World:
@@ -236,20 +274,42 @@ class World:
         self._match = np.clip(0.6 + 0.5 * rng.standard_normal((TASTE, tasks)), -1.0, 1.0)
         rng = stream(seed, 6)
         self._pairs = self._products(rng, [2] * PAIRS, sharpness=1.0)
-        self._pair_loadings = _loadings(rng, PAIRS)
+        self._pair_loadings = self._drifting_loadings(rng, PAIRS, 0)
         rng = stream(seed, 7)
         orders = [order for order, count in CROSSES.items() for _ in range(count)]
         self._crosses = self._products(rng, orders, CROSS_SHARPNESS)
-        self._cross_loadings = _loadings(rng, len(orders))
+        self._cross_loadings = self._drifting_loadings(rng, len(orders), 1)
         rng = stream(seed, 8)
         gate_fields = np.isin(FIELDS, GATE_FIELDS)[:, None]
         self._gate = self._additive(rng, gate_fields, INTENTS)
         self._gated = self._products(rng, list(GATED_ORDERS) * INTENTS, GATED_SHARPNESS)
-        self._gated_loadings = _loadings(rng, len(GATED_ORDERS) * INTENTS)
+        self._gated_loadings = self._drifting_loadings(rng, len(GATED_ORDERS) * INTENTS, 2)
         rng = stream(seed, 9)
         self._hidden = self._additive(rng, everything, HIDDEN)
         self._second = rng.standard_normal((HIDDEN, HIDDEN)) * (2.5 / np.sqrt(HIDDEN))
-        self._dense_loadings = _loadings(rng, HIDDEN)
+        self._dense_loadings = self._drifting_loadings(rng, HIDDEN, 3)
+        number = len(self.items)
+        self._quality = Drifting(
+            self.items.quality, self.config.drift, lambda rng: rng.standard_normal(number), seed, 4
+        )
+
+    def _drifting_loadings(self, rng: np.random.Generator, width: int, key: int) -> Drifting:
+        first = _loadings(rng, width)
+        return Drifting(first, self.config.drift, lambda rng: _loadings(rng, width), self.config.seed, key)
+
+    def _by_day(self, contexts: Contexts, work: Callable[[int, Ints], Floats]) -> Floats:
+        """What ``work(day, rows)`` gives for the rows of each day, put together."""
+        if not self.config.drift:
+            return work(0, np.arange(len(contexts)))
+        days, result = contexts.day, np.empty((len(contexts), len(TASKS)))
+        for day in np.unique(days):
+            rows = np.flatnonzero(days == day)
+            result[rows] = work(int(day), rows)
+        return result
+
+    def _weighed(self, values: Floats, loadings: Drifting, contexts: Contexts) -> Floats:
+        """``(n, J)`` values by their day's loadings, ``(n, 4)``."""
+        return self._by_day(contexts, lambda day, rows: dot(values[rows], loadings.on(day)))
 
     def _raw(self, term: str, users: Ints, items: Ints, contexts: Contexts) -> Floats:
         at = (users, items, contexts)
@@ -257,21 +317,25 @@ class World:
             values = self._main(*at)
             raw = np.sqrt(1 - TASK_SHARE) * values[:, :1] + np.sqrt(TASK_SHARE) * values[:, 1:]
         elif term == "identity":
-            raw = self._user_bias[users] + self.items.quality[items][:, None]
+            raw = self._by_day(
+                contexts,
+                lambda day, rows: self._user_bias[users[rows]] + self._quality.on(day)[items[rows]][:, None],
+            )
         elif term == "match":
             raw = dot(self.users.taste[users] * self.items.taste[items], self._match)
         elif term == "pairs":
-            raw = dot(self._pairs(*at), self._pair_loadings)
+            raw = self._weighed(self._pairs(*at), self._pair_loadings, contexts)
         elif term == "cross":
-            raw = dot((self._crosses(*at) - self._cross_mean) / self._cross_deviation, self._cross_loadings)
+            crosses = (self._crosses(*at) - self._cross_mean) / self._cross_deviation
+            raw = self._weighed(crosses, self._cross_loadings, contexts)
         elif term == "gated":
             gate = np.exp(GATE_SCALE * self._gate(*at))
             gate /= gate.sum(axis=1, keepdims=True)
             products = self._gated(*at) * np.repeat(gate, len(GATED_ORDERS), axis=1)
-            raw = dot(products, self._gated_loadings)
+            raw = self._weighed(products, self._gated_loadings, contexts)
         else:
             hidden = np.tanh(1.5 * self._hidden(*at))
-            raw = dot(np.tanh(dot(hidden, self._second)), self._dense_loadings)
+            raw = self._weighed(np.tanh(dot(hidden, self._second)), self._dense_loadings, contexts)
         return np.asarray(raw, dtype=np.float64)
 
     def _standardise(self) -> None:

@@ -10,7 +10,7 @@ embedding, the content embedding), topics picked by it, and the behaviour that f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,10 @@ class PinadsConfig(Strict):
     warm_up: float = Field(0.25, ge=0, description="impressions simulated, not logged, before; share of size")
     min_candidates: int = Field(3, ge=1, description="fewest ads in a request")
     max_candidates: int = Field(8, ge=1, description="most ads in a request")
+    new_users: float = Field(0.0, ge=0, lt=1, description="share of the users that arrive while the log runs")
+    drift: float = Field(
+        0.0, ge=0, le=1, description="share of pins' quality and of the interactions that is new each day"
+    )
     history_length: int = Field(16, ge=1, description="length of the recent-engagement sequence")
     chunk_requests: int = Field(512, ge=1, description="requests between two updates of the counters")
     truth: Literal["mixed", "low_order", "dense"] = "mixed"
@@ -87,6 +91,11 @@ class PinadsConfig(Strict):
             raise ValueError("rates must lie between 0 and 1")
         return self
 
+    def told(self) -> dict[str, Any]:
+        """As plain data; what drifts is named only where something does."""
+        still = {name for name in ("new_users", "drift") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=still)
+
 
 @dataclass(frozen=True)
 class Contexts:
@@ -100,6 +109,11 @@ class Contexts:
     surface: Ints
     device: Ints
     position: Ints
+
+    @property
+    def day(self) -> Ints:
+        """Days since START; 0 also for what was before."""
+        return np.asarray(np.maximum((self.time - START) // DAY, 0), dtype=np.int64)
 
     @property
     def hour(self) -> Ints:
@@ -126,6 +140,7 @@ class Users:
     sessions_28d: Ints
     device: Ints  # the one used most
     activity: Floats  # probability that a request is this user's
+    birth: Floats  # seconds after START from which there are requests
     taste: Floats  # (users, TASTE), hidden
     embedding: Singles  # (users, EMBEDDING)
     topics: npt.NDArray[np.bool_]  # (users, TOPICS), declared interests
@@ -207,6 +222,7 @@ def draw_users(config: PinadsConfig) -> Users:
         sessions_28d=sessions,
         device=pick(rng, DEVICE_SHARES, n),
         activity=activity,
+        birth=_births(stream(config.seed, 12), n, config.new_users, config.days),
         taste=taste,
         embedding=_image(rng, taste),
         topics=_choose_topics(rng, taste, topics, most=5),
@@ -228,8 +244,7 @@ def draw_items(config: PinadsConfig) -> Items:
     taste = np.sqrt([[0.4], [0.25], [0.35]])
     mixed = taste[0] * categories[category] + taste[1] * own[advertiser]
     mixed = mixed + taste[2] * rng.standard_normal((n, TASTE))
-    late = rng.random(n) < config.new_items
-    birth = np.where(late, rng.random(n) * config.days * DAY, -np.inf)
+    birth = _births(rng, n, config.new_items, config.days)
     price = np.exp(-0.5 + 0.5 * rng.standard_normal(advertisers)[advertiser] + 0.3 * rng.standard_normal(n))
     items = Items(
         pin_id=np.arange(n) + 1,
@@ -246,6 +261,12 @@ def draw_items(config: PinadsConfig) -> Items:
     )
     order = np.argsort(category, kind="stable")
     return Items(**{name: column[order] for name, column in vars(items).items()})
+
+
+def _births(rng: np.random.Generator, size: int, late: float, days: float) -> Floats:
+    """Seconds after START; minus infinity for those that were there before."""
+    arrives = rng.random(size) < late
+    return np.where(arrives, rng.random(size) * days * DAY, -np.inf)
 
 
 def _image(rng: np.random.Generator, taste: Floats) -> Singles:
