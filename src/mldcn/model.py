@@ -23,6 +23,9 @@ from mldcn.schema import Schema
 
 # The position that serving pretends: the top of the page.
 SERVING_POSITION = 1
+# Numbers of x0 that a CPU works on at a time. Tensors of this size stay in its cache and in memory that the
+# process holds already; those of a whole batch would be new pages, cleared by the system, at every operation.
+PART_NUMBERS = 1 << 20
 
 
 class Scorer(nn.Module):
@@ -100,8 +103,28 @@ class Ranker(nn.Module):
             dense: ``(B, D)``.
             position: ``(B,)`` logged positions, 0 where unknown; the serving position when not given.
         """
-        logits: Tensor = self.scorer(self.embedder(ids, dense))
+        return self.logits(self.embedder(ids, dense), position)
+
+    def logits(self, x0: Tensor, position: Tensor | None = None) -> Tensor:
+        """Logits ``(B, T)`` from what the embedder made, ``x0 (B, d)``."""
+        logits: Tensor = self.scorer(x0)
         return logits if self.position_bias is None else logits + self.position_logit(position)
+
+    @torch.inference_mode()
+    def relevance(self, ids: Tensor, dense: Tensor) -> Tensor:
+        """Logits ``(B, T)`` before the position's term, without gradients, part by part."""
+        found = [
+            self.scorer(self.embedder(ids[part], dense[part])) for part in self.parts(len(ids), ids.device)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def parts(self, rows: int, device: torch.device) -> list[slice]:
+        """Slices of a batch that are best computed one after another: all of it but on a CPU."""
+        size = rows
+        if device.type == "cpu":
+            # A power of two, so that a compiled model sees few shapes.
+            size = 1 << max(PART_NUMBERS // self.embedder.layout.width, 1).bit_length() - 1
+        return [slice(start, start + size) for start in range(0, rows, size)] or [slice(0, 0)]
 
     def position_logit(self, position: Tensor | None) -> Tensor:
         """The additive position term, ``(B, T)``, or ``(T,)`` for the serving position."""

@@ -68,7 +68,7 @@ class TableStack(nn.Module):
         # Second hashes and actions are padding where their item is.
         item_columns = [items[slot.feature].start + column % slot.length for slot, column in each]
         single = [slot.kind == "categorical" for slot, _ in each]
-        self.register_buffer("limit", torch.tensor(limits), persistent=False)
+        self.register_buffer("limit", torch.tensor(limits, dtype=shift_type), persistent=False)
         self.register_buffer("item_columns", torch.tensor(item_columns), persistent=False)
         self.register_buffer("single", torch.tensor(single), persistent=False)
         self.all_single = all(single)
@@ -99,16 +99,15 @@ class TableStack(nn.Module):
     def _check(self, own: Tensor) -> None:
         if own.shape[0] == 0:
             return
-        bad = (own.amin(0) < 0) | (own.amax(0) >= self.limit)
+        bad = (own < 0) | (own >= self.limit)
         if own.is_cuda:
             torch._assert_async(~bad.any(), "an id lies outside its embedding table")
         elif bool(bad.any()):
-            column = int(bad.nonzero()[0])
-            rows = int(self.limit[column])
-            wrong = own[:, column]
-            at = int(((wrong < 0) | (wrong >= rows)).nonzero()[0])
+            # The first column that is wrong, and the first row in it.
+            column, at = bad.t().nonzero()[0].tolist()
+            rows, wrong = int(self.limit[column]), int(own[at, column])
             raise UserError(
-                f"feature {self.features[column]!r}: id {int(wrong[at])} in the batch's row {at} is outside "
+                f"feature {self.features[column]!r}: id {wrong} in the batch's row {at} is outside "
                 f"its table of {rows} rows; encode the log with the encoder that the model was built for"
             )
 
