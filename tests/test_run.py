@@ -124,13 +124,63 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_run_that_failed_before_its_training_makes_room(tmp_path):
-    run = RunFolder.create(tmp_path / "a")
-    with pytest.raises(UserError, match="failed before its training began"):
-        RunFolder.open(run.path, finished=False)
+def test_a_run_that_failed_before_its_training_makes_room_and_can_be_resumed(tmp_path):
+    run = RunFolder.create(tmp_path / "a", "config", {"note": 1})
+    assert RunFolder.open(run.path, finished=False).info() == {"format": 1, "status": "new", "note": 1}
+    assert run.config.read_text() == "config"
+    with pytest.raises(UserError, match="not finished"):
+        RunFolder.open(run.path)
     RunFolder.create(tmp_path / "a").write_info({"status": "running"})
     with pytest.raises(UserError, match="holds a run already"):
         RunFolder.create(tmp_path / "a")
+
+
+def test_a_run_is_created_whole_or_not_at_all(tmp_path, monkeypatch):
+    finished(tmp_path / "a")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "write_info", killed)
+        RunFolder.create(tmp_path / "a", overwrite=True)
+    assert RunFolder.open(tmp_path / "a").weights.exists()
+    # Killed between the two renames, with nothing in the old run's place.
+    (tmp_path / "a").rename(tmp_path / ".a.replaced")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pathlib.Path.rename", killed)
+        RunFolder.create(tmp_path / "a", "config")
+    assert RunFolder.open(tmp_path / "a", finished=False).config.read_text() == "config"
+    assert not (tmp_path / ".a.begun").exists()
+
+
+def test_a_run_in_use_is_not_replaced(tmp_path):
+    finished(tmp_path / "a")
+    holder = other_process(HOLD, tmp_path / "a")
+    try:
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+            RunFolder.create(tmp_path / "a", overwrite=True)
+    finally:
+        kill(holder)
+    assert RunFolder.open(tmp_path / "a").weights.exists()
+
+
+def test_what_a_killed_writer_left_is_no_part_of_a_finished_run(tmp_path):
+    run = RunFolder.create(tmp_path / "a")
+    run.encoder.mkdir()
+    kill(other_process(WRITE, run.encoder / "part"))
+    assert len(list(run.encoder.iterdir())) == 1
+    run.finish()
+    assert list(run.encoder.iterdir()) == []
+    assert run.read_json("manifest.json")["crc32"].keys() == {"run.json", "config.yaml"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"crc32": 3}', '{"crc32": {}}'])
+def test_a_damaged_manifest_is_refused(tmp_path, text):
+    run = finished(tmp_path / "a")
+    (run.path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="manifest.json: damaged"):
+        RunFolder.open(run.path)
 
 
 @pytest.mark.parametrize("killed_in", ["write_json", "write_info"])

@@ -163,20 +163,28 @@ def fit(
         if out is not None or force:
             raise UserError("--out and --force are for a new run; a resumed one goes on in its own folder")
         run = RunFolder.open(resume, finished=False)
-        if run.info()["status"] == "finished":
-            raise UserError(f"{resume}: the run is finished; there is nothing to resume")
+        if run.info().get("status") == "finished":
+            if not workflow.complete(run):
+                raise UserError(f"{resume}: the run is finished; there is nothing to resume")
+            screen.print(f"{resume}: the run is finished; wrote its report", markup=False)
+            return
         loaded = load_config(run.config)
     else:
         assert config is not None
         loaded = load_config(config, settings)
         workflow.check(loaded)
         name = out or Path("runs") / f"{config.stem}-{loaded.model.interaction['name']}"
-        run = RunFolder.create(name, overwrite=force)
+        run = RunFolder(name)
     encoding = EncodingProgress()
     progress = FitProgress(monitored(loaded))
     try:
         summary = workflow.train(
-            loaded, run, resume=resume is not None, encoding=encoding, observers=[progress]
+            loaded,
+            run,
+            resume=resume is not None,
+            overwrite=force,
+            encoding=encoding,
+            observers=[progress],
         )
     except Interrupted as error:
         err.print(f"{error}; go on with\n  mldcn fit --resume {run.path}", markup=False)

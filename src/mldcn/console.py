@@ -163,6 +163,10 @@ class FitProgress(Observer):
         mark = "  best so far" if best else ""
         err.print(f"{self.label}: step {step:,}, validation {self.task} {text}{mark}")
 
+    def noted(self, text: str) -> None:
+        """Prints a line."""
+        err.print(f"{self.label}: {text}", markup=False)
+
     def finished(self, metrics: Mapping[str, Metrics]) -> None:
         """Ends the bar."""
         self.close()

@@ -71,10 +71,10 @@ def run_demo(folder: Path, rows: int, seed: int) -> None:
         model = base.model.model_copy(update={"interaction": dict(interaction)})
         model = match_flops(model, layout, tasks, budget)
         config = base.model_copy(update={"model": base.model if name == REFERENCE else model})
-        run = RunFolder.create(folder / "runs" / name, overwrite=True)
+        run = RunFolder(folder / "runs" / name)
         watcher = FitProgress(monitored(config), name)
         try:
-            entries.append(Entry(name, run, config, train(config, run, observers=[watcher])))
+            entries.append(Entry(name, run, config, train(config, run, overwrite=True, observers=[watcher])))
         finally:
             watcher.close()
     _show(folder, entries, truth["bayes"]["newest_tenth"], rows, time.perf_counter() - started)

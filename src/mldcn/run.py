@@ -7,13 +7,13 @@ layout.json          what the columns of encoded rows are
 weights.safetensors  the best weights
 optimiser.safetensors  only where training.keep_optimiser asks for it: the optimisers' state of those weights
 calibrators.json     only where the config asks for them
-history.jsonl        a line an evaluation
+history.jsonl        a line an evaluation or a roll-back
 metrics.json         validation and test metrics of the best weights
 reliability.json     the test rows' reliability curves
 predictions.arrow    the test rows' labels and probabilities, for ``mldcn compare``
 checkpoints/         the last few states of an unfinished run
 manifest.json        checksums of all the above, written when the run is finished
-report.html, tensorboard/   for people; no checksum vouches for them
+report.html, tensorboard/, mlflow.txt   for people and trackers; no checksum vouches for them
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from mldcn.errors import UserError
 
 FORMAT = 1
 VERSIONED = "run.json"
-_UNVOUCHED = ("manifest.json", "report.html", "tensorboard", "checkpoints")
+MLFLOW_RUN = "mlflow.txt"
+_UNVOUCHED = ("manifest.json", "report.html", "tensorboard", MLFLOW_RUN, "checkpoints")
 
 
 class RunFolder:
@@ -82,26 +83,70 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @classmethod
-    def create(cls, path: str | Path, *, overwrite: bool = False) -> RunFolder:
-        """A new, empty folder. A run that failed before its training began is replaced unasked.
+    def create(
+        cls,
+        path: str | Path,
+        config: str = "",
+        notes: dict[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> RunFolder:
+        """A new folder. A run that ended before its training began is replaced unasked.
+
+        The folder appears with its config in it, so that it can be resumed however soon it is killed.
+
+        Args:
+            path: the folder.
+            config: the resolved config as YAML.
+            notes: more for ``run.json``.
+            overwrite: replace a run that is there.
+
+        Raises:
+            UserError: something is there already, and ``overwrite`` is false or it is no run's folder; or another
+                process writes it.
+        """
+        run = cls(path)
+        with locked(run.path):
+            run.check_room(overwrite=overwrite)
+            old, new = run.path.with_name(f".{run.path.name}.replaced"), run._begun
+            for left in (old, new):
+                shutil.rmtree(left, ignore_errors=True)
+            new.mkdir(parents=True)
+            write_text(cls(new).config, config)
+            cls(new).write_info({"status": "new", **(notes or {})})
+            if run.path.exists():
+                run.path.rename(old)
+            new.rename(run.path)
+            sync_folder(run.path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        return run
+
+    @property
+    def _begun(self) -> Path:
+        """Where a new run lies until it has its name."""
+        return self.path.with_name(f".{self.path.name}.begun")
+
+    def check_room(self, *, overwrite: bool = False) -> None:
+        """Refuses a folder in which no new run may begin.
 
         Raises:
             UserError: something is there already, and ``overwrite`` is false or it is no run's folder.
         """
-        run = cls(path)
-        if run.path.exists() and any(run.path.iterdir()):
-            begun = not (run.path / VERSIONED).exists() or run.info().get("status") != "new"
-            if begun and not overwrite:
-                raise UserError(
-                    f"{path}: holds a run already; go on with --resume, replace it with --force, or name "
-                    "another folder with --out"
-                )
-            if not (run.path / VERSIONED).exists():
-                raise UserError(f"{path}: is no run's folder, so it is not replaced; name another with --out")
-            shutil.rmtree(run.path)
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_info({"status": "new"})
-        return run
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; name a folder with --out")
+        if not any(self.path.iterdir()):
+            return
+        if not (self.path / VERSIONED).exists():
+            raise UserError(
+                f"{self.path}: is no run's folder, so it is not replaced; name another with --out"
+            )
+        if not overwrite and self.info().get("status") != "new":
+            raise UserError(
+                f"{self.path}: holds a run already; go on with --resume, replace it with --force, or name "
+                "another folder with --out"
+            )
 
     @classmethod
     def open(cls, path: str | Path, *, finished: bool = True) -> RunFolder:
@@ -111,14 +156,14 @@ class RunFolder:
             UserError: it is no run's folder, is of another version, unfinished or damaged.
         """
         run = cls(path)
+        if not run.path.exists() and (run._begun / VERSIONED).exists():
+            run._begun.rename(run.path)  # whoever replaced a run was killed between two renames
         info = run.info()
         if info.get("format") != FORMAT:
             raise UserError(
                 f"{path}: a run of format {info.get('format')}; this version of mldcn reads format {FORMAT}. "
                 "Train it again, or use the mldcn version named in its run.json"
             )
-        if info.get("status") == "new":
-            raise UserError(f"{path}: the run failed before its training began; train it anew")
         if finished:
             if info.get("status") != "finished":
                 raise UserError(f"{path}: the run is not finished; go on with 'mldcn fit --resume {path}'")
@@ -160,12 +205,17 @@ class RunFolder:
         """Writes a JSON file of the folder atomically."""
         write_text(self.path / name, _json(value))
 
-    def finish(self) -> None:
+    def finish(self, notes: dict[str, Any] | None = None) -> None:
         """Marks the run finished: checksums written, checkpoints removed.
 
         Killed at any point, it leaves a run that can be resumed or one that is finished.
+
+        Args:
+            notes: more for ``run.json``.
         """
-        info = {**self.info(), "status": "finished"}
+        for left in self.path.rglob(f".*{_TEMPORARY}"):
+            _sweep(left)
+        info = {**self.info(), **(notes or {}), "status": "finished"}
         sums = {str(file.relative_to(self.path)): checksum(file) for file in self._files()}
         sums[VERSIONED] = f"{zlib.crc32(_json(info).encode()):08x}"
         self.write_json("manifest.json", {"format": FORMAT, "crc32": sums})
@@ -179,7 +229,10 @@ class RunFolder:
             UserError: a file is missing or was changed.
         """
         manifest = self.read_json("manifest.json")
-        for name, expected in manifest["crc32"].items():
+        sums = manifest.get("crc32") if isinstance(manifest, dict) else None
+        if not isinstance(sums, dict) or VERSIONED not in sums:
+            raise UserError(f"{self.path / 'manifest.json'}: damaged; train again or restore it")
+        for name, expected in sums.items():
             file = self.path / name
             if not file.is_file():
                 raise UserError(f"{file}: missing from the run; train it again or restore it")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,13 @@ from mldcn.model import pick_device
 from mldcn.predict import Predictor
 from mldcn.report import Bins, FeatureSummary, RunSummary, run_page
 from mldcn.report import Difference as ShownDifference
-from mldcn.run import RunFolder, write_text
+from mldcn.run import RunFolder, locked, scratch, write_text
 from mldcn.schema import EmbeddingFeature, TableFeature
 from mldcn.training.evaluate import Evaluation, evaluate
 from mldcn.training.fit import Summary, fit, monitored
+from mldcn.training.history import evaluations
 from mldcn.training.observers import Observer
+from mldcn.training.recovery import Trouble
 from mldcn.training.warm_start import WarmStart
 
 Encoding = Callable[[str, int, int, int], None]
@@ -64,6 +67,7 @@ def train(
     run: RunFolder,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     warm_start: WarmStart | None = None,
     encoding: Encoding | None = None,
     observers: Sequence[Observer] = (),
@@ -72,27 +76,49 @@ def train(
 
     Args:
         config: the whole config.
-        run: a new folder, or one that an interrupted run left.
+        run: where the run is to be, or the folder of one that was interrupted, at whatever moment.
         resume: go on with the interrupted run; it knows itself what it was started from.
+        overwrite: replace a run that is there, once the log has been read and encoded.
         warm_start: the finished run to begin with.
         encoding: told of the encoding's progress.
         observers: told of the training's.
 
     Raises:
-        UserError: the log, the config or the run to start from do not go together.
+        UserError: the log, the config or the run to start from do not go together, or another process writes
+            the run.
     """
-    if resume and "warm_start" in run.info():
-        warm_start = WarmStart.reopen(run.info()["warm_start"])
-    folder = encoded_folder(config, run.path, warm_start)
-    if warm_start is None:
-        data = prepare(config, folder, encoding)
-    else:
-        config = warm_start.adapt(config)
-        base, statistics = warm_start.encoder(), warm_start.statistics
-        data = prepare(config, folder, encoding, base=base, statistics=statistics)
-    summary = fit(config, run, data, resume=resume, warm_start=warm_start, observers=observers)
-    write_report(run)
+    with locked(run.path):
+        if resume and "warm_start" in run.info():
+            warm_start = WarmStart.reopen(run.info()["warm_start"])
+        if warm_start is not None:
+            config = warm_start.adapt(config)
+        notes = {"warm_start": warm_start.note()} if warm_start is not None else {}
+        if not resume:
+            run.check_room(overwrite=overwrite)
+        replaces = overwrite and run.path.exists()
+        if not resume and not replaces:
+            run = RunFolder.create(run.path, dump_config(config), notes)
+        folder = encoded_folder(config, run.path, warm_start)
+        if warm_start is None:
+            data = prepare(config, folder, encoding)
+        else:
+            base, statistics = warm_start.encoder(), warm_start.statistics
+            data = prepare(config, folder, encoding, base=base, statistics=statistics)
+        if replaces:
+            run = RunFolder.create(run.path, dump_config(config), notes, overwrite=True)
+        summary = fit(config, run, data, resume=resume, warm_start=warm_start, observers=observers)
+        write_report(run)
     return summary
+
+
+def complete(run: RunFolder) -> bool:
+    """Does what a finished run lacks because it was killed at its very end; says whether it lacked anything."""
+    with locked(run.path):
+        lacked = run.checkpoints.exists() or not (run.path / REPORT).exists()
+        if lacked:
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            write_report(run)
+    return lacked
 
 
 def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference] | None = None) -> RunSummary:
@@ -103,7 +129,6 @@ def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference]
     usual = interactions.parse(name_only).model_dump(mode="json")
     options = {k: v for k, v in config.model.interaction.items() if v != usual.get(k)}
     reliability = run.read_json("reliability.json") if (run.path / "reliability.json").exists() else {}
-    history = run.history.read_text(encoding="utf-8").splitlines() if run.history.exists() else []
     intervals = _auc_intervals(run) if run.predictions.exists() else {}
     return RunSummary(
         name=name,
@@ -116,7 +141,7 @@ def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference]
         embedding_params=info["parameters"]["embedding"],
         seconds=info["train_seconds"],
         rows_per_second=info["rows_per_second"],
-        history=[(line["step"], line["metrics"]) for line in map(json.loads, history)],
+        history=evaluations(run.history),
         reliability={task: Bins(**bins) for task, bins in reliability.items()},
         differences={
             task: ShownDifference(d.delta, d.low, d.high, d.p_value)
@@ -168,7 +193,7 @@ def write_report(run: RunFolder) -> None:
     page = run_page(
         f"Run {run.path.name}",
         run_summary(run.path.name, run),
-        protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, {which}.",
+        protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, {which}.{_troubles(info)}",
         features=_features(run, load_config(run.config)),
         next_steps=[
             ("Score new rows", f"mldcn predict {run.path} NEW_LOG --out scores.csv"),
@@ -178,17 +203,27 @@ def write_report(run: RunFolder) -> None:
     page.write(run.path / REPORT)
 
 
+def _troubles(info: Mapping[str, Any]) -> str:
+    """Sentences on the roll-backs of a run."""
+    found = [str(Trouble.from_json(raw)) for raw in info.get("troubles", [])]
+    if not found:
+        return ""
+    return (
+        f" Training was rolled back, slowed down and led past a batch {len(found)} times: {'. '.join(found)}."
+    )
+
+
 def evaluate_log(run: RunFolder, files: Sequence[str], encoding: Encoding | None = None) -> Evaluation:
     """A finished run's metrics on another log with labels."""
-    with tempfile.TemporaryDirectory(prefix="mldcn-") as scratch:
-        return _evaluate(run, files, Path(scratch), encoding)
+    with scratch("evaluate") as folder:
+        return _evaluate(run, files, folder, encoding)
 
 
-def _evaluate(run: RunFolder, files: Sequence[str], scratch: Path, encoding: Encoding | None) -> Evaluation:
+def _evaluate(run: RunFolder, files: Sequence[str], folder: Path, encoding: Encoding | None) -> Evaluation:
     predictor = Predictor(run)
     config = predictor.config
     done = 0
-    with ShardWriter(scratch / "encoded", predictor.encoder.layout) as writer:
+    with ShardWriter(folder / "encoded", predictor.encoder.layout) as writer:
         for block in open_log(files, config.data, config.log_schema.columns()):
             encoded = predictor.encoder.encode(block)
             writer.write(encoded)
@@ -197,10 +232,10 @@ def _evaluate(run: RunFolder, files: Sequence[str], scratch: Path, encoding: Enc
                 encoding("encode", done, 0, 0)
     return evaluate(
         predictor.model,
-        EncodedRows(scratch / "encoded"),
+        EncodedRows(folder / "encoded"),
         config,
         device=predictor.device,
-        predictions=scratch / "predictions.arrow",
+        predictions=folder / "predictions.arrow",
         calibrators=predictor.calibrators,
     )
 
@@ -215,10 +250,10 @@ def compare(a: Path, b: Path, files: Sequence[str] = (), *, repeats: int = 1000)
     if not files:
         tables = [read_predictions(run.predictions) for run in runs]
         return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)
-    with tempfile.TemporaryDirectory(prefix="mldcn-") as scratch:
+    with scratch("compare") as home:
         tables = []
         for i, run in enumerate(runs):
-            folder = Path(scratch) / str(i)
+            folder = home / str(i)
             _evaluate(run, files, folder, None)
             tables.append(read_predictions(folder / "predictions.arrow"))
         return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mldcn.embedding.tables import gather_rows
-from mldcn.errors import UserError
 from mldcn.training.table_optim import LazyAdam, RowWiseAdagrad, clip_grad_norm, coalesced, lazy_zeros
 
 ROWS, WIDTH = 50, 3
@@ -189,11 +188,10 @@ def test_clipping_takes_the_norm_of_summed_rows_and_dense_parameters_together() 
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_clipping_refuses_a_norm_that_is_not_finite(bad: float) -> None:
+def test_a_norm_that_is_not_finite_is_given_and_clips_nothing(bad: float) -> None:
     dense = torch.nn.Parameter(torch.zeros(3))
     dense.grad = torch.tensor([1.0, bad, 2.0])
-    with pytest.raises(UserError, match="diverged"):
-        clip_grad_norm([dense], 1.0)
+    assert not torch.isfinite(clip_grad_norm([dense], 1.0))
     assert dense.grad[0] == 1.0
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -238,6 +238,12 @@ class EncodedRows:
     def column(self, name: str) -> NDArray[Any]:
         """A whole column in memory: ``request``, ``user``, ``time``, ``weight``, ``position`` or ``labels``."""
         return self._gathered(name, [(0, len(self))])
+
+    def pieces(self, names: Sequence[str], rows: int) -> Iterator[dict[str, NDArray[Any]]]:
+        """Columns as :meth:`column` names them, ``rows`` rows at a time in the log's order."""
+        for start in range(0, len(self), rows):
+            piece = [(start, min(start + rows, len(self)))]
+            yield {name: self._gathered(name, piece) for name in names}
 
     def batches(
         self,

@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from mldcn import datasets
-from mldcn.config import Config, DataConfig, load_config, parse, read_yaml
+from mldcn.config import Config, DataConfig, dump_config, load_config, parse, read_yaml
 from mldcn.cost.budget import match_flops, scorer_flops, x0_layout
 from mldcn.data.batch import EncodedLayout
 from mldcn.data.prepare import prepare
 from mldcn.errors import UserError
 from mldcn.metrics import metric_info
-from mldcn.run import RunFolder, write_text
+from mldcn.run import RunFolder, locked, write_text
 from mldcn.study.recipe import Recipe, nested, overlay
 from mldcn.study.summary import Row, to_markdown
 from mldcn.training.fit import fit, monitored, spelled_out
@@ -130,10 +130,11 @@ def _run(job: Job, threads: int) -> str:
     config = job.config.model_copy(update={"training": training})
     data = prepare(config, Path(str(config.data.encoded)), None)
     run = RunFolder(job.folder)
-    resume = run.path.exists()
-    if not resume:
-        run = RunFolder.create(job.folder)
-    summary = fit(config, run, data, resume=resume)
+    with locked(run.path):
+        resume = run.path.exists()
+        if not resume:
+            run = RunFolder.create(job.folder, dump_config(config))
+        summary = fit(config, run, data, resume=resume)
     task, metric = monitored(config)
     return f"validation {metric} {summary.metrics['valid'][task][metric]:.5f}, {summary.seconds:.0f} s"
 

@@ -1,10 +1,17 @@
-"""States of an unfinished run on disk: atomic, the last few kept, no pickle."""
+"""States of an unfinished run on disk: atomic, checksummed in all their parts, the last few kept, no pickle.
+
+A state is a folder ``step-N``: ``state.json`` (plain data), ``state.safetensors`` (tensors) and
+``checksums.json``. It gets its name when all of it is on the disk. Those written at steps that the config alone
+fixes are anchors: training is rolled back to them and never to one that was written because some minutes had
+passed or a signal had come, or the weights would depend on the time.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +24,88 @@ from mldcn.model import save_tensors
 from mldcn.run import checksum, sync_folder, write_text
 
 TENSOR = "$tensor"
+_BETWEEN = "-between"  # ends the name of a state that is no anchor
+_PLAIN, _TENSORS, _SUMS = "state.json", "state.safetensors", "checksums.json"
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> None:
-    """Writes nested plain data and tensors as ``step-N``; older ones beyond ``keep`` are removed."""
+@dataclass(frozen=True)
+class Loaded:
+    """A state, and the names of newer ones that were passed over because they are damaged."""
+
+    state: dict[str, Any]
+    damaged: list[str] = field(default_factory=list)
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: Mapping[str, Any], *, keep: int, anchor: bool = True
+) -> None:
+    """Writes nested plain data and tensors as ``step-N``; others are removed.
+
+    Args:
+        folder: where all states of a run are.
+        step: the step after which it is taken.
+        state: plain data, tensors, and lists and mappings of them.
+        keep: the newest so many stay; the newest anchor stays too.
+        anchor: whether the config alone fixes this step.
+    """
     tensors: dict[str, Tensor] = {}
     plain = _flatten(dict(state), tensors, "")
-    target = folder / f"step-{step:012d}"
+    target = folder / f"step-{step:012d}{'' if anchor else _BETWEEN}"
     temporary = folder / f".{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(".step-*"):  # of a killed process: the run is locked
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_tensors(tensors, temporary / "state.safetensors")
-    crc = checksum(temporary / "state.safetensors")
-    write_text(temporary / "state.json", json.dumps({"crc32": crc, "state": plain}))
-    shutil.rmtree(target, ignore_errors=True)
+    save_tensors(tensors, temporary / _TENSORS)
+    write_text(temporary / _PLAIN, json.dumps(plain))
+    sums = {name: checksum(temporary / name) for name in (_PLAIN, _TENSORS)}
+    write_text(temporary / _SUMS, json.dumps(sums))
+    if target.exists():
+        target.rename(folder / f".{target.name}.old")
     temporary.replace(target)
     sync_folder(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    shutil.rmtree(folder / f".{target.name}.old", ignore_errors=True)
+    states = _states(folder)
+    anchors = [path for path in states if not path.name.endswith(_BETWEEN)]
+    for old in set(states[keep:]) - set(anchors[:1]):
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest undamaged state; None where there is none."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            saved = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
-            if checksum(candidate / "state.safetensors") != saved["crc32"]:
-                continue
-            tensors = load_file(candidate / "state.safetensors")
-            state: dict[str, Any] = _restore(saved["state"], tensors)
-        except (OSError, ValueError, KeyError, SafetensorError):
+def load_checkpoint(folder: Path, *, anchor: bool = False) -> Loaded | None:
+    """The newest undamaged state (or anchor); None where there is none."""
+    damaged = []
+    for candidate in _states(folder):
+        if anchor and candidate.name.endswith(_BETWEEN):
             continue
-        return state
+        try:
+            sums = json.loads((candidate / _SUMS).read_text(encoding="utf-8"))
+            for name in (_PLAIN, _TENSORS):
+                if checksum(candidate / name) != sums[name]:
+                    raise ValueError(name)
+            saved = json.loads((candidate / _PLAIN).read_text(encoding="utf-8"))
+            state: dict[str, Any] = _restore(saved, load_file(candidate / _TENSORS))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            damaged.append(candidate.name)
+            continue
+        return Loaded(state, damaged)
     return None
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Removes the states of later steps."""
+    for path in _states(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
+def _states(folder: Path) -> list[Path]:
+    """The newest first; an anchor before another state of the same step."""
+    found = [path for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(found, key=lambda path: (-_step(path), path.name))
+
+
+def _step(path: Path) -> int:
+    digits = path.name.split("-")[1]
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

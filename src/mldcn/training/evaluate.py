@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from mldcn.comparison import PredictionWriter
 from mldcn.config import Config
 from mldcn.data.pipeline import ahead
 from mldcn.data.shards import EncodedRows
+from mldcn.errors import UserError
 from mldcn.metrics import Isotonic, MetricStream, Platt
 from mldcn.model import Ranker
 from mldcn.predict import calibrated
@@ -23,13 +24,16 @@ from mldcn.predict import calibrated
 Calibrators = dict[str, Platt | Isotonic]
 Scores = NDArray[np.float32]
 
+SAMPLE_ROWS = 4_000_000  # that calibrators are fitted on, at most about so many
+PIECE_ROWS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a model came to on some rows.
 
     metrics: task -> metric -> value. reliability: task -> the curve's predicted, observed and weight.
-    labels, scores: ``(n, T)`` and weights ``(n,)``, only where they were asked for.
+    labels, scores: ``(n, T)`` and weights ``(n,)`` of a sample of the rows, only where it was asked for.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -48,7 +52,7 @@ def evaluate(
     device: torch.device,
     predictions: Path | None = None,
     calibrators: Mapping[str, Platt | Isotonic] | None = None,
-    keep: bool = False,
+    sample: bool = False,
 ) -> Evaluation:
     """Every metric of every task.
 
@@ -57,6 +61,8 @@ def evaluate(
     serving position, or the old ranking would leak into the new one. The log's negative sampling is not
     corrected for here: its labels carry it too.
 
+    Memory does not grow with the rows: scores to be sorted beyond some millions go to the disk.
+
     Args:
         model: the model.
         rows: encoded rows with labels.
@@ -64,11 +70,11 @@ def evaluate(
         device: where the model is.
         predictions: file to write labels and probabilities to.
         calibrators: fitted maps to apply to the probabilities.
-        keep: also give the labels, probabilities and weights.
+        sample: also give labels, probabilities and weights: of all rows, or of about ``SAMPLE_ROWS`` of them,
+            drawn by a hash of their numbers.
     """
     schema, wanted = config.log_schema, config.evaluation
     calibrators = dict(calibrators or {})
-    columns = {name: rows.column(name) for name in ("user", "request", "weight")}
     hit_by = "request" if schema.request else None
     gauc_by = "user" if schema.user else hit_by
     ranking: dict[str, Any] = {"hit_at": wanted.hit_at, "hit_by": hit_by, "gauc_by": gauc_by}
@@ -82,19 +88,22 @@ def evaluate(
         if by_group is not None:
             stack.enter_context(by_group)
         writer = stack.enter_context(PredictionWriter(predictions, model.tasks)) if predictions else None
-        for start, labels, logged, served in score(model, rows, config.training.eval_batch_size, device):
-            part = slice(start, start + len(labels))
+        size = config.training.eval_batch_size
+        row = 0
+        columns = rows.pieces(("user", "request", "weight"), size)
+        for (labels, logged, served), groups in zip(score(model, rows, size, device), columns, strict=True):
             logged, served = (calibrated(s, model.tasks, calibrators) for s in (logged, served))
-            groups = {name: columns[name][part] for name in ("user", "request")}
-            weight = columns["weight"][part]
+            weight = groups["weight"]
             weights = weight if schema.weight else None
             by_row.update(labels, logged, weights, groups)
             if by_group is not None:
                 by_group.update(labels, served, weights, groups)
             if writer is not None:
                 writer.write(labels, logged, weight, groups["user"], groups["request"])
-            if keep:
-                kept.append((labels, logged, weight))
+            if sample:
+                drawn = _drawn(row, len(labels), len(rows))
+                kept.append((labels[drawn], logged[drawn], weight[drawn]))
+                row += len(labels)
         metrics = by_row.compute()
         if by_group is not None:
             for task, values in by_group.compute().items():
@@ -114,24 +123,56 @@ def evaluate(
 
 def score(
     model: Ranker, rows: EncodedRows, batch_size: int, device: torch.device
-) -> Iterator[tuple[int, Scores, Scores, Scores]]:
-    """Chunks of ``(first row, labels, probabilities at the logged position, at the serving one)``."""
+) -> Iterator[tuple[Scores, Scores, Scores]]:
+    """Chunks of ``(labels, probabilities at the logged position, at the serving one)``, in the log's order."""
     training = model.training
     model.eval()
     try:
-        start = 0
         for batch in ahead(rows.batches(batch_size)):
             there = batch.to(device, non_blocking=True)
-            logits = model.scorer(model.embedder(there.ids, there.dense)).float()
+            logits = model.relevance(there.ids, there.dense).float()
             if model.position_bias is None:
                 logged = served = torch.sigmoid(logits).cpu().numpy()
             else:
                 at = [model.position_logit(p) for p in (there.position, None)]
                 logged, served = (torch.sigmoid(logits + bias).cpu().numpy() for bias in at)
-            yield start, batch.labels.numpy(), logged, served
-            start += len(batch)
+            yield batch.labels.numpy(), logged, served
     finally:
         model.train(training)
+
+
+def _drawn(first: int, count: int, rows: int) -> NDArray[np.bool_]:
+    """Which of ``count`` rows from ``first`` on belong to the sample of ``rows`` rows."""
+    if rows <= SAMPLE_ROWS:
+        return np.ones(count, np.bool_)
+    numbers = np.arange(first, first + count, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # splitmix64
+        numbers = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        numbers ^= numbers >> np.uint64(31)
+    return numbers < np.uint64(int(SAMPLE_ROWS / rows * 2**64))
+
+
+def check_labels(rows: EncodedRows, tasks: Sequence[str], task: str, metric: str) -> None:
+    """Refuses validation rows on which the monitored metric would be undefined at every evaluation.
+
+    Raises:
+        UserError: the task's label is the same in all rows where it is known.
+    """
+    column, known, found = tasks.index(task), 0, set[float]()
+    for piece in rows.pieces(("labels",), PIECE_ROWS):
+        labels = piece["labels"][:, column]
+        labels = labels[~np.isnan(labels)]
+        known += labels.size
+        found.update(np.unique(labels).tolist())
+        if len(found) > 1:
+            return
+    what = f"is {found.pop():g} in all {known:,}" if found else f"is unknown in all {len(rows):,}"
+    raise UserError(
+        f"label {task} {what} validation rows, so that {metric} is undefined; check the label's column and "
+        "at_least, or the split"
+    )
 
 
 def fit_calibrators(kind: Literal["none", "platt", "isotonic"], valid: Evaluation) -> Calibrators:

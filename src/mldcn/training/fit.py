@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,24 +22,28 @@ from mldcn.data.shards import EncodedRows
 from mldcn.errors import UserError
 from mldcn.metrics import metric_info
 from mldcn.model import Ranker, load_weights, pick_device, save_weights
-from mldcn.run import RunFolder, write_text
+from mldcn.run import RunFolder, checksum, locked, write_text
 from mldcn.training.checkpoint import (
+    drop_after,
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
+from mldcn.training.clock import Clock
 from mldcn.training.ema import WeightAverage
-from mldcn.training.evaluate import Evaluation, evaluate, fit_calibrators
+from mldcn.training.evaluate import Evaluation, check_labels, evaluate, fit_calibrators
+from mldcn.training.history import History
 from mldcn.training.interrupt import Interrupted, stop_signals
-from mldcn.training.loss import task_loss
-from mldcn.training.observers import Metrics, MLflow, Observer, Progress, TensorBoard
+from mldcn.training.observers import Metrics, Observer, Progress, trackers
 from mldcn.training.optimisers import build_optimisers
+from mldcn.training.recovery import LossWatch, Place, Trouble, all_finite, extreme_values
 from mldcn.training.schedule import lr_factor
+from mldcn.training.step import backpropagate
 from mldcn.training.table_optim import clip_grad_norm, coalesced
 from mldcn.training.warm_start import STATE, WarmStart, save_state
 
-REPORT_STEPS = 20  # the loss is read back, checked and shown this often
+REPORT_STEPS = 20  # losses are read back, judged and shown this often
 
 
 @dataclass
@@ -51,24 +52,29 @@ class Position:
 
     step: int = 0
     epoch: int = 0
-    batch: int = 0  # batches of the current epoch that were trained on
+    batch: int = 0  # batches of the current epoch that are done with
     best: float | None = None
     best_step: int = -1  # -1: no weights are kept yet
     stale: int = 0  # evaluations since the best one
-    seconds: float = 0.0  # spent training, evaluation apart
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run came to. ``metrics``: split -> task -> metric -> value."""
+    """What a finished run came to.
+
+    metrics: split -> task -> metric -> value. seconds: spent training, ``data_wait_share`` of them waiting for
+    data. troubles: the steps that training was rolled back at.
+    """
 
     metrics: dict[str, Metrics]
     best_step: int
     steps: int
     seconds: float
     rows_per_second: float
+    data_wait_share: float
     flops: dict[str, int]
     parameters: dict[str, int]
+    troubles: tuple[Trouble, ...] = ()
 
 
 def fit(
@@ -83,7 +89,8 @@ def fit(
     """Trains a model on encoded rows and leaves a finished run in its folder.
 
     The weights of the best validation metric are kept, not the last ones. With the same seed, data, machine
-    and number of threads, two runs end with the same weights bit for bit, and so does a run that was resumed.
+    and number of threads, two runs end with the same weights bit for bit, and so does a run that was stopped
+    or killed, at whatever moment, and resumed.
 
     Args:
         config: the whole config.
@@ -95,12 +102,14 @@ def fit(
         observers: told of the progress.
 
     Raises:
-        UserError: the loss is no longer finite, the monitored metric is not measured, a calibrator has no
-            validation rows to be fitted on, or the log is not the one that the interrupted run began with.
+        UserError: training broke down more often than ``training.recovery`` allows, the monitored metric is not
+            measured, a calibrator has no validation rows to be fitted on, another process writes the run, or
+            the config or log is not the one that the interrupted run began with.
         Interrupted: Ctrl-C or SIGTERM; the newest checkpoint holds everything up to it.
     """
-    trainer = Trainer(config, run, data, observers, warm_start)
-    return trainer.fit(resume)
+    with locked(run.path):
+        trainer = Trainer(config, run, data, observers, warm_start, resume=resume)
+        return trainer.fit(resume)
 
 
 class Trainer:
@@ -113,6 +122,8 @@ class Trainer:
         data: EncodedData,
         observers: Sequence[Observer],
         warm_start: WarmStart | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
         training = config.training
         if training.threads is not None:
@@ -128,7 +139,8 @@ class Trainer:
         if warm_start is not None:
             warm_start.load_weights(self.model)
         self.monitor_task, self.monitor = monitored(config)
-        self._check_labels()
+        if data.valid is not None and self.monitor not in ("logloss", "ece"):
+            check_labels(data.valid, self.model.tasks, self.monitor_task, self.monitor)
         if training.compile:
             self.model.scorer.compile()
         self.tables = self.model.embedder.tables()
@@ -137,33 +149,26 @@ class Trainer:
         self.average = WeightAverage(self.model, training.ema, self.tables) if training.ema else None
         if warm_start is not None:
             warm_start.load_state(self.model, self.optimisers, self.average)
-        self.task_weights = torch.tensor(
-            [label.weight for label in config.log_schema.labels], device=self.device
-        )
-        self.position = Position()
+        weights = [label.weight for label in config.log_schema.labels]
+        self.task_weights = torch.tensor(weights, device=self.device)
+        self.position, self.clock = Position(), Clock()
+        self.watch = LossWatch(training.recovery, sum(weights))
+        self.troubles: list[Trouble] = []
+        self.kept: dict[str, str] = {}  # checksums of what was kept at the best step
+        self.history = History(run.history)
         self.steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
         self.total_steps = self.steps_per_epoch * training.epochs
-        self.observers = [*observers, *self._trackers(run.path)]
+        self.observers = [*observers, *trackers(config, run.path, resume=resume)]
 
     def fit(self, resume: bool) -> Summary:
         """Trains to the end, then measures the best weights."""
-        state = load_checkpoint(self.run.checkpoints) if resume else None
-        if state is not None:
-            if self.run.info().get("data") != self.data.fingerprint:
-                raise UserError(
-                    f"{self.run.path}: the log's files are not those that this run began with; put them back, "
-                    "or train anew"
-                )
-            self._restore(state)
-        else:
-            self._describe_run()
-        for observer in self.observers:
-            observer.started(self.run.path.name, self.total_steps, self.position.step)
         try:
-            with stop_signals() as asked:
+            notes = self._begin(resume)
+            for observer in self.observers:
+                observer.started(self.run.path.name, self.total_steps, self.position.step)
+            self._note(notes)
+            with stop_signals() as asked, self.clock.running():
                 self._train(asked)
-            if self.data.valid is None:
-                self._save_best()
             return self._conclude()
         except BaseException:
             for observer in self.observers:
@@ -171,64 +176,73 @@ class Trainer:
             raise
 
     def _train(self, asked: threading.Event) -> None:
-        config, position = self.config.training, self.position
-        if self.warm_start is not None and position.step == 0 and self.data.valid is not None:
-            self._validate()
-        losses: list[Tensor] = []
-        started, first_step = time.perf_counter(), position.step
-        while position.epoch < config.epochs:
-            for batch in self._batches():
-                losses.append(self._step(batch))
-                position.step += 1
-                position.batch += 1
-                epoch_over = position.batch == self.steps_per_epoch
-                if position.step % REPORT_STEPS == 0 or epoch_over:
-                    rate = (position.step - first_step) * config.batch_size / (time.perf_counter() - started)
-                    self._report(losses, rate)
-                    losses.clear()
-                due = epoch_over if config.eval_steps is None else position.step % config.eval_steps == 0
-                due = due or position.step == self.total_steps
-                if due and self.data.valid is not None:
-                    position.seconds += time.perf_counter() - started
-                    if self._validate():
-                        return
-                    started = time.perf_counter()
-                at_checkpoint = config.checkpoint_steps and position.step % config.checkpoint_steps == 0
-                if due or epoch_over or at_checkpoint or asked.is_set():
-                    position.seconds += time.perf_counter() - started
-                    self._checkpoint()
-                    started, first_step = time.perf_counter(), position.step
-                if asked.is_set():
-                    raise Interrupted(f"{self.run.path}: stopped at step {position.step}")
-            position.epoch, position.batch = position.epoch + 1, 0
-        position.seconds += time.perf_counter() - started
+        training = self.config.training
+        self.saved_at = time.monotonic()
+        while self.position.epoch < training.epochs and self.position.stale < training.patience:
+            self._epoch(asked)
 
-    def _batches(self) -> Iterator[Batch]:
-        config, position = self.config.training, self.position
+    def _epoch(self, asked: threading.Event) -> None:
+        """Trains to the end of the epoch, or until it is time to stop or training was rolled back."""
+        training, position = self.config.training, self.position
+        skipped = {trouble.batch for trouble in self.troubles if trouble.epoch == position.epoch}
+        for batch in self.clock.batches(self._batches(position.batch)):
+            if position.batch not in skipped:
+                place = Place(position.step + 1, position.epoch, position.batch)
+                self.watch.add(place, *self._step(batch))
+            position.step += 1
+            position.batch += 1
+            epoch_over = position.batch == self.steps_per_epoch
+            evaluated = (
+                epoch_over if training.eval_steps is None else position.step % training.eval_steps == 0
+            )
+            evaluated = (evaluated or position.step == self.total_steps) and self.data.valid is not None
+            # Fixed by the config alone, so that a run is rolled back to the same place whenever it is repeated.
+            fixed = evaluated or epoch_over or _every(training.checkpoint_steps, position.step)
+            late = time.monotonic() - self.saved_at > 60 * training.checkpoint_minutes
+            saved = fixed or late or asked.is_set()
+            if saved or position.step % REPORT_STEPS == 0:
+                trouble = self._report(thorough=fixed)
+                if trouble is not None:
+                    with self.clock.stopped():
+                        self._roll_back(trouble)
+                    return
+            if saved:
+                with self.clock.stopped():
+                    if evaluated:
+                        self._validate()
+                    # Whether there is trouble is for a fixed step to say; here nothing bad must be kept.
+                    if fixed or all_finite(self._numbers()):
+                        self._checkpoint(anchor=fixed)
+            if asked.is_set():
+                raise Interrupted(f"{self.run.path}: stopped at step {position.step}")
+            if position.stale >= training.patience:
+                return
+        position.epoch, position.batch = position.epoch + 1, 0
+
+    def _batches(self, start: int, epoch: int | None = None) -> Iterator[Batch]:
+        """The epoch's batches from one on."""
+        training = self.config.training
+        epoch = self.position.epoch if epoch is None else epoch
         return ahead(
             self.data.train.batches(
-                config.batch_size,
-                shuffle=True,
-                seed=config.seed,
-                epoch=position.epoch,
-                start_batch=position.batch,
+                training.batch_size, shuffle=True, seed=training.seed, epoch=epoch, start_batch=start
             )
         )
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Trains on a batch; gives its loss and its gradient's norm, unread."""
         config = self.config.training.optimiser
         self.model.train()
-        factor = lr_factor(config, self.position.step, self.total_steps)
+        factor = lr_factor(config, self.position.step, self.total_steps) * self._slowed()
         for optimiser, peaks in zip(self.optimisers, self.peak_lrs, strict=True):
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
         batch = batch.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.amp == "bf16"):
-            logits = self.model(batch.ids, batch.dense, batch.position)
-        loss = task_loss(logits, batch.labels, batch.weight, self.task_weights)
-        loss.backward()  # type: ignore[no-untyped-call]
+        bf16 = self.config.training.amp == "bf16"
+        loss = backpropagate(self.model, batch, self.task_weights, bf16=bf16)
+        norm = None
         if config.clip_norm is not None:
-            clip_grad_norm(self.model.parameters(), config.clip_norm)
+            norm = clip_grad_norm(self.model.parameters(), config.clip_norm)
         touched = self._touched() if self.average else {}
         if self.average:
             self.average.before_step(touched)
@@ -237,7 +251,7 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         if self.average:
             self.average.after_step(touched)
-        return loss.detach()
+        return loss, norm
 
     def _touched(self) -> dict[str, Tensor]:
         assert self.average is not None
@@ -247,37 +261,76 @@ class Trainer:
             if table.grad is not None
         }
 
-    def _report(self, losses: list[Tensor], rate: float) -> None:
-        loss = float(torch.stack(losses).mean())
+    def _slowed(self) -> float:
+        """What the roll-backs so far have left of the learning rate."""
+        return float(self.config.training.recovery.lr_factor ** len(self.troubles))
+
+    def _report(self, *, thorough: bool) -> Trouble | None:
+        """Reads the losses back and tells of them; gives the first trouble since the last time.
+
+        Args:
+            thorough: look at the weights too, as before they are kept: a step's loss is from before its update.
+        """
         position = self.position
-        if not math.isfinite(loss):
+        loss, trouble = self.watch.read()
+        if trouble is None and thorough and not all_finite(self._numbers()):
+            batch = position.batch - 1
+            trouble = Trouble(position.step, position.epoch, batch, "the weights are no longer finite")
+        if trouble is None and loss is not None:
+            lr = self.optimisers[0].param_groups[0]["lr"]
+            now = Progress(position.step, self.total_steps, position.epoch, loss, lr, self.clock.rate())
+            for observer in self.observers:
+                observer.stepped(now)
+        return trouble
+
+    def _numbers(self) -> Iterator[Tensor]:
+        yield from self.model.state_dict().values()
+        for optimiser in self.optimisers:
+            for state in optimiser.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _roll_back(self, trouble: Trouble) -> None:
+        """Goes back to the last fixed checkpoint, to pass over the batch with a lower learning rate.
+
+        Raises:
+            UserError: this was tried often enough.
+        """
+        recovery = self.config.training.recovery
+        batches = self._batches(trouble.batch, trouble.epoch)
+        trouble = replace(trouble, values=extreme_values(next(batches), self.data.encoder.layout))
+        del batches
+        tried = len(self.troubles)
+        found = load_checkpoint(self.run.checkpoints, anchor=True) if tried < recovery.tries else None
+        if found is None:
             raise UserError(
-                f"{self.run.path}: the loss is {loss} at step {position.step}; lower training.optimiser.lr, "
-                "set training.optimiser.clip_norm, or standardise the numeric features"
+                f"{self.run.path}: training broke down {trouble}; {tried} roll-backs have not helped. Lower "
+                "training.optimiser.lr or table_lr, set training.optimiser.clip_norm, or mend those features"
             )
-        lr = self.optimisers[0].param_groups[0]["lr"]
-        progress = Progress(position.step, self.total_steps, position.epoch, loss, lr, rate)
-        for observer in self.observers:
-            observer.stepped(progress)
-
-    def _check_labels(self) -> None:
-        """Refuses validation rows on which the monitored metric would be undefined at every evaluation."""
-        if self.data.valid is None or self.monitor in ("logloss", "ece"):
-            return
-        labels = self.data.valid.labels[:, self.model.tasks.index(self.monitor_task)]
-        known = labels[~np.isnan(labels)]
-        if known.size and known.min() != known.max():
-            return
-        found = (
-            f"is {known[0]:g} in all {known.size:,}" if known.size else f"is unknown in all {len(labels):,}"
+        troubles = [*self.troubles, trouble]
+        clock = self.clock.state()
+        self._restore(found.state)
+        self.clock.restore(clock)
+        self.troubles = troubles
+        drop_after(self.run.checkpoints, self.position.step)
+        text = (
+            f"{trouble}. Back to step {self.position.step:,}, past that batch, with "
+            f"{self._slowed():.3g} times the learning rate"
         )
-        raise UserError(
-            f"label {self.monitor_task} {found} validation rows, so that {self.monitor} is undefined; check the "
-            "label's column and at_least, or the split"
+        self.history.add(
+            {
+                "step": trouble.step,
+                "epoch": trouble.epoch,
+                "event": "rolled back",
+                "to_step": self.position.step,
+                "lr_factor": self._slowed(),
+                "problem": trouble.problem,
+                "values": list(trouble.values),
+            }
         )
+        self._note([text])
 
-    def _validate(self) -> bool:
-        """Scores the validation rows; keeps the weights if they are the best; says whether to stop."""
+    def _validate(self) -> None:
+        """Scores the validation rows, and keeps the weights if they are the best."""
         assert self.data.valid is not None
         config, position = self.config.training, self.position
         with self.average.applied() if self.average else contextlib.nullcontext():
@@ -296,14 +349,12 @@ class Trainer:
                 position.stale += 1
         if better:
             self._keep_state()
-        line = {"step": position.step, "epoch": position.epoch, "metrics": metrics}
-        with self.run.history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.history.add({"step": position.step, "epoch": position.epoch, "metrics": metrics})
         for observer in self.observers:
             observer.evaluated(position.step, metrics, best=better)
-        return position.stale >= config.patience
 
-    def _save_best(self) -> None:
+    def _keep_last(self) -> None:
+        """Keeps the last weights, where no rows say which are the best."""
         self.position.best_step = self.position.step
         with self.average.applied() if self.average else contextlib.nullcontext():
             save_weights(self.model, self.run.weights)
@@ -311,59 +362,87 @@ class Trainer:
 
     def _keep_state(self) -> None:
         """Keeps the optimisers' state beside the weights that were just kept, for a later warm start."""
+        files = [self.run.weights]
         if self.config.training.keep_optimiser:
-            save_state(self.run.path / STATE, self.model, self.optimisers, self.average)
+            files.append(self.run.path / STATE)
+            save_state(files[-1], self.model, self.optimisers, self.average)
+        self.kept = {file.name: checksum(file) for file in files}
 
     def _evaluate(self, rows: EncodedRows, **options: Any) -> Evaluation:
         return evaluate(self.model, rows, self.config, device=self.device, **options)
 
     def _conclude(self) -> Summary:
+        if self.data.valid is None:
+            self._keep_last()
+        for name, expected in self.kept.items():
+            if not (self.run.path / name).is_file() or checksum(self.run.path / name) != expected:
+                raise UserError(
+                    f"{self.run.path / name}: was damaged while the run was in progress; train anew"
+                )
         load_weights(self.model, self.run.weights)
         metrics: dict[str, Metrics] = {}
         calibrators = None
+        kind = self.config.evaluation.calibration
         if self.data.valid is not None:
-            valid = self._evaluate(self.data.valid, keep=self.config.evaluation.calibration != "none")
+            valid = self._evaluate(self.data.valid, sample=kind != "none")
             metrics["valid"] = valid.metrics
-            if self.config.evaluation.calibration != "none":
-                calibrators = fit_calibrators(self.config.evaluation.calibration, valid)
+            if kind != "none":
+                calibrators = fit_calibrators(kind, valid)
                 self.run.write_json("calibrators.json", {t: c.to_json() for t, c in calibrators.items()})
         if self.data.test is not None:
             test = self._evaluate(self.data.test, predictions=self.run.predictions, calibrators=calibrators)
             metrics["test"] = test.metrics
             self.run.write_json("reliability.json", test.reliability)
-        position = self.position
-        rows = position.step * self.config.training.batch_size
+        seconds = max(self.clock.seconds, 1e-9)
         summary = Summary(
             metrics=metrics,
-            best_step=position.best_step,
-            steps=position.step,
-            seconds=position.seconds,
-            rows_per_second=rows / max(position.seconds, 1e-9),
+            best_step=self.position.best_step,
+            steps=self.position.step,
+            seconds=self.clock.seconds,
+            rows_per_second=self.clock.rows / seconds,
+            data_wait_share=self.clock.waiting / seconds,
             flops=self.model.flops(),
             parameters=self.model.parameter_counts(),
+            troubles=tuple(self.troubles),
         )
         self.run.write_json("metrics.json", metrics)
-        self.run.write_info(
+        self.run.finish(
             {
-                **self.run.info(),
                 "steps": summary.steps,
                 "best_step": summary.best_step,
                 "train_seconds": round(summary.seconds, 3),
                 "rows_per_second": round(summary.rows_per_second, 1),
+                "data_wait_share": round(summary.data_wait_share, 5),
                 "flops": summary.flops,
                 "parameters": summary.parameters,
+                "troubles": [trouble.to_json() for trouble in self.troubles],
             }
         )
-        self.run.finish()
         for observer in self.observers:
             observer.finished(metrics)
         return summary
 
+    def _begin(self, resume: bool) -> list[str]:
+        """Takes up the newest checkpoint, or writes the first; gives what there is to say about it."""
+        found = load_checkpoint(self.run.checkpoints) if resume else None
+        if found is not None:
+            self._check(found.state)
+            self._restore(found.state)
+            self.history.restore(found.state["history"])
+            self._describe_run()
+            return [f"checkpoint {name} is damaged; an older one is taken" for name in found.damaged]
+        lost = resume and self.run.checkpoints.exists() and any(self.run.checkpoints.iterdir())
+        self.history.clear()
+        self._describe_run()
+        if self.warm_start is not None and self.data.valid is not None:
+            self._validate()
+        self._checkpoint(anchor=True)
+        return ["no checkpoint is whole; training begins anew"] if lost else []
+
     def _describe_run(self) -> None:
-        """Writes what the run is made of, before the first step."""
+        """Writes what the run is made of, again when it is resumed: a damaged file would otherwise be kept."""
         layout, start = self.data.encoder.layout, self.warm_start
         begun = {"warm_start": start.describe(layout)} if start is not None else {}
-        self.run.history.unlink(missing_ok=True)
         write_text(self.run.config, dump_config(self.config))
         self.data.encoder.save(self.run.encoder)
         self.run.write_json("layout.json", layout.to_json())
@@ -383,39 +462,92 @@ class Trainer:
             }
         )
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, anchor: bool) -> None:
         state = {
-            "position": vars(self.position),
+            "config": _what_counts(self.config),
+            "data": self.data.fingerprint,
+            "position": asdict(self.position),
+            "clock": self.clock.state(),
+            "losses": self.watch.state(),
+            "troubles": [trouble.to_json() for trouble in self.troubles],
+            "kept": self.kept,
+            "history": self.history.state(),
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "average": self.average.state_dict() if self.average else None,
             "random": random_state(self.device),
         }
-        save_checkpoint(
-            self.run.checkpoints, self.position.step, state, self.config.training.keep_checkpoints
-        )
+        keep = self.config.training.keep_checkpoints
+        save_checkpoint(self.run.checkpoints, self.position.step, state, keep=keep, anchor=anchor)
+        self.saved_at = time.monotonic()
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another config or log.
+
+        Raises:
+            UserError: it is one.
+        """
+        then, now = _flat(state["config"]), _flat(_what_counts(self.config))
+        changed = [
+            f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+            for key in dict.fromkeys([*then, *now])
+            if then.get(key) != now.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.run.path}: the config is not the one that this run began with: {'; '.join(changed)}. Set "
+                "it back, or train anew"
+            )
+        if state["data"] != self.data.fingerprint:
+            raise UserError(
+                f"{self.run.path}: the log's files are not those that this run began with; put them back, "
+                "or train anew"
+            )
 
     def _restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
         self.position = Position(**state["position"])
+        self.clock.restore(state["clock"])
+        self.watch.restore(state["losses"])
+        self.troubles = [Trouble.from_json(raw) for raw in state["troubles"]]
+        self.kept = dict(state["kept"])
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+            optimiser.zero_grad(set_to_none=True)
         if self.average:
             self.average.load_state_dict(state["average"])
         set_random_state(state["random"], self.device)
-        if self.run.history.exists():  # evaluations behind the checkpoint will be made again
-            lines = self.run.history.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= self.position.step]
-            write_text(self.run.history, "".join(kept))
 
-    def _trackers(self, folder: Path) -> list[Observer]:
-        trackers: list[Observer] = []
-        if self.config.training.tensorboard:
-            trackers.append(TensorBoard(folder / "tensorboard"))
-        if self.config.training.mlflow:
-            name = str(self.config.model.interaction["name"])
-            trackers.append(MLflow(folder.name, {"interaction": name}))
-        return trackers
+    def _note(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            for observer in self.observers:
+                observer.noted(text)
+
+
+def _every(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0
+
+
+# What a resumed run may do otherwise: none of it changes what is trained.
+_FREE = {
+    "data": {"encoded", "memory_mb"},
+    "training": {"threads", "device", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "mlflow"},
+}
+
+
+def _what_counts(config: Config) -> dict[str, Any]:
+    """The config as plain data, without what may change between a run's parts."""
+    raw: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude=_FREE)
+    return raw
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def spelled_out(config: Config) -> Config:

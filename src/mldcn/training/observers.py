@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mldcn.config import Config
 from mldcn.errors import UserError
+from mldcn.run import MLFLOW_RUN, write_text
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 
@@ -37,6 +39,9 @@ class Observer:
 
     def evaluated(self, step: int, metrics: Metrics, *, best: bool) -> None:
         """The validation rows were scored."""
+
+    def noted(self, text: str) -> None:
+        """Something happened that a reader of the log should know, a roll-back for example."""
 
     def finished(self, metrics: Mapping[str, Metrics]) -> None:
         """The run is over; ``metrics`` is split -> task -> metric -> value."""
@@ -78,15 +83,26 @@ class TensorBoard(Observer):
 
 
 class MLflow(Observer):
-    """Logs to the MLflow server or folder that MLFLOW_TRACKING_URI names (extra ``mlflow``)."""
+    """Logs to the MLflow server or folder that MLFLOW_TRACKING_URI names (extra ``mlflow``).
 
-    def __init__(self, name: str, parameters: Mapping[str, str]) -> None:
+    Args:
+        name: of MLflow's run.
+        parameters: what it was made with.
+        note: a file for the id of MLflow's run.
+        resume: go on with the run that the file names, if there is one.
+    """
+
+    def __init__(self, name: str, parameters: Mapping[str, str], note: Path, *, resume: bool) -> None:
         try:
             import mlflow
         except ImportError:
             raise UserError("training.mlflow needs the extra: pip install 'mldcn[mlflow]'") from None
         self.mlflow: Any = mlflow
+        if resume and note.is_file():
+            self.run = mlflow.start_run(run_id=note.read_text(encoding="utf-8").strip())
+            return
         self.run = mlflow.start_run(run_name=name)
+        write_text(note, self.run.info.run_id + "\n")
         mlflow.log_params(dict(parameters))
 
     def stepped(self, progress: Progress) -> None:
@@ -104,8 +120,23 @@ class MLflow(Observer):
         self.mlflow.end_run()
 
     def stopped(self) -> None:
-        """Ends MLflow's run as killed; a resumed run begins another."""
+        """Ends MLflow's run as killed; a resumed run goes on with it."""
         self.mlflow.end_run(status="KILLED")
+
+
+def trackers(config: Config, folder: Path, *, resume: bool) -> list[Observer]:
+    """Those that a config asks for, for the run in a folder.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    found: list[Observer] = []
+    if config.training.tensorboard:
+        found.append(TensorBoard(folder / "tensorboard"))
+    if config.training.mlflow:
+        parameters = {"interaction": str(config.model.interaction["name"])}
+        found.append(MLflow(folder.name, parameters, folder / MLFLOW_RUN, resume=resume))
+    return found
 
 
 def _flat(metrics: Metrics) -> Iterable[tuple[str, float]]:

@@ -6,6 +6,7 @@ several times in a batch are summed first: both methods square the gradient, so 
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from collections.abc import Callable, Iterable
@@ -13,8 +14,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-
-from mldcn.errors import UserError
 
 
 class _TableOptimiser(torch.optim.Optimizer):
@@ -201,10 +200,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
         max_norm: the highest norm; None only measures.
 
     Returns:
-        The norm before scaling, a scalar.
-
-    Raises:
-        UserError: the norm is not finite; no gradient is changed then.
+        The norm before scaling, a scalar. Where it is not finite no gradient is changed on a CPU; on another
+        device, which is not waited for, they are spoilt.
     """
     values = []
     for parameter in parameters:
@@ -218,12 +215,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     if not values:
         return torch.zeros(())
     total = torch.nn.utils.get_total_norm(values)
-    if not bool(torch.isfinite(total)):
-        raise UserError(
-            f"training: the gradient's norm is {float(total)}: the loss has diverged, or the input holds "
-            "values that are not finite. Lower training.optimiser.lr or table_lr, or standardise the features"
-        )
-    if max_norm is not None and float(total) > max_norm:
+    if max_norm is None:
+        return total
+    if total.device.type != "cpu":
+        scale = (max_norm / total).clamp(max=1.0)
+        torch._foreach_mul_(values, scale)
+    elif math.isfinite(float(total)) and float(total) > max_norm:
         for value in values:
             value.mul_(max_norm / float(total))
     return total
