@@ -17,9 +17,10 @@ app = typer.Typer(
     name="mldcn",
     help="Train, evaluate and compare ranking models (ML-DCN and its rivals) on a log of impressions.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    # Plain text: to load Rich for its colours would take longer than all the rest of --help.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 data_app = typer.Typer(help="Named logs: what they are, fetching, preparing.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
