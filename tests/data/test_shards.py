@@ -115,8 +115,25 @@ def test_starting_later_gives_the_same_batches_and_reads_no_earlier_window(
         EncodedRows, "_gathered", lambda self, name, at: read.append(at) or gathered(self, name, at)
     )
     assert numbers(encoded.batches(4, shuffle=True, seed=9, start_batch=start)) == whole[start:]
-    # 20 rows in windows of 6: those that end before the start are not touched.
-    assert len(read) / 5 == 4 - (start * 4) // 6 if start < 5 else not read
+    # Windows that end before the start are not touched.
+    stops = [stop for _, _, stop, _ in encoded._windows(9, 0)]
+    assert len(stops) == 4
+    assert len(read) / 5 == sum(stop > start * 4 for stop in stops)
+
+
+def test_every_window_is_a_sample_of_the_whole_log(tmp_path, small):
+    encoded = written(tmp_path / "train", (5, 3, 4, 9))  # 11 chunks: 4 windows of 2 or 3
+    found = []
+    for seed in range(30):
+        windows = [[start // 2 for start, _ in pieces] for *_, pieces in encoded._windows(seed, 0)]
+        assert sorted(chain(*windows)) == list(range(11))
+        # Of every 4 chunks in a row each window has one; the last 3 go to three of them.
+        for window in windows:
+            assert [chunk // 4 for chunk in window] in ([0, 1, 2], [0, 1])
+        found += windows
+    for chunk in range(11):
+        where = {number % 4 for number, window in enumerate(found) if chunk in window}
+        assert where == {0, 1, 2, 3}
 
 
 def test_a_log_within_one_window_is_shuffled_fully(tmp_path):

@@ -1,10 +1,12 @@
 """Encoded rows on disk: uncompressed Arrow files read by memory map, and batches gathered from them.
 
-The shuffle: the rows are cut into chunks of ``CHUNK_ROWS`` neighbours, the chunks are permuted, several of them
-are laid into a window in memory, and the window's rows are permuted; a batch is one gather a matrix from the
-window. So each row comes once an epoch, any row can come anywhere in it, and a window is a random sample of
-chunks from the whole log. Up to one window's size (a million rows, or less where rows are wide) it is a full
-shuffle. The order depends on (seed, epoch) and the number of rows alone.
+The shuffle: the rows are cut into chunks of ``CHUNK_ROWS`` neighbours, the chunks are dealt to windows that fit
+into memory, and a window's rows are permuted; a batch is one gather a matrix from the window. The chunks are
+dealt by lot, but one to each window in turn: of every W chunks in a row each of the W windows gets one. So each
+row comes once an epoch, any row can come anywhere in it, and each window is a sample of the whole log that
+follows its order: in a log sorted by label, day or anything else the windows are alike. Up to one window's size
+(a million rows, or less where rows are wide) it is a full shuffle. The order depends on (seed, epoch) and the
+number of rows alone.
 """
 
 from __future__ import annotations
@@ -303,11 +305,14 @@ class EncodedRows:
         """Number, first and last place in the epoch's order, and pieces of the log of each window."""
         rows = len(self)
         row_bytes = 4 * (sum(self._widths.values()) + 2)
-        chunks = max(1, min(WINDOW_ROWS, WINDOW_BYTES // row_bytes) // CHUNK_ROWS)
-        order = np.random.default_rng([seed % 2**64, epoch, 0]).permutation(-(-rows // CHUNK_ROWS))
+        most = max(1, min(WINDOW_ROWS, WINDOW_BYTES // row_bytes) // CHUNK_ROWS)
+        chunks = -(-rows // CHUNK_ROWS)
+        windows = -(-chunks // most)
+        lots = np.tile(np.arange(windows), (-(-chunks // max(windows, 1)), 1))
+        window_of = np.random.default_rng([seed % 2**64, epoch, 0]).permuted(lots, axis=1).ravel()[:chunks]
         place = 0
-        for number, first in enumerate(range(0, len(order), chunks)):
-            starts = (order[first : first + chunks] * CHUNK_ROWS).tolist()
+        for number in range(windows):
+            starts = (np.flatnonzero(window_of == number) * CHUNK_ROWS).tolist()
             pieces = [(start, min(start + CHUNK_ROWS, rows)) for start in starts]
             size = sum(stop - start for start, stop in pieces)
             yield number, place, place + size, pieces
