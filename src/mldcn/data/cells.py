@@ -48,6 +48,14 @@ def column(block: RawBlock, name: str) -> pa.Array:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
+def value_at(array: pa.Array, index: int) -> object:
+    """A cell as a Python value; the number behind a time that Python cannot hold."""
+    try:
+        return array[index].as_py()
+    except (ValueError, OverflowError):
+        return getattr(array[index], "value", None)
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column holds text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
@@ -139,7 +147,7 @@ def _elements(
     return block.error(
         name,
         (
-            (index if lists is None else lists.row_of(index), array[index].as_py(), problem)
+            (index if lists is None else lists.row_of(index), value_at(array, index), problem)
             for index, problem in found
         ),
     )
@@ -282,11 +290,12 @@ def known_times(block: RawBlock, name: str, found: Floats) -> Floats:
 
 def _instants(array: pa.Array) -> pa.Array | None:
     """Texts as date-times; None if some are none."""
-    for unit in ("us", "ns"):
-        for zone in (None, "UTC"):
-            with contextlib.suppress(pa.ArrowInvalid):
-                return pc.cast(array, pa.timestamp(unit, zone))
-    zoned = pc.match_substring_regex(array, r"[0-9](Z|[+-][0-9]{2}(:?[0-9]{2})?)$")
+    for zone in (None, "UTC"):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return pc.cast(array, pa.timestamp("us", zone))
+    # Some have a zone and some none, or more digits than are kept.
+    array = pc.replace_substring_regex(array, r"([.][0-9]{6})[0-9]+", r"\1")
+    zoned = pc.match_substring_regex(array, r"[T ].*[0-9](Z|[+-][0-9]{2}(:?[0-9]{2})?)$")
     nothing = pa.scalar(None, array.type)
     try:
         with_zone = pc.cast(pc.if_else(zoned, array, nothing), pa.timestamp("us", "UTC"))

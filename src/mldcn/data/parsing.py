@@ -295,7 +295,7 @@ def _bad_cells(
     block: RawBlock, name: str, rows: NDArray[np.integer], problem: Callable[[int], str]
 ) -> BadRows:
     array = cells.column(block, name)
-    return block.error(name, ((row, array[row].as_py(), problem(row)) for row in rows.tolist()))
+    return block.error(name, ((row, cells.value_at(array, row), problem(row)) for row in rows.tolist()))
 
 
 def _label(block: RawBlock, label: Label) -> cells.Floats:

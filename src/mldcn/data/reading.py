@@ -169,9 +169,10 @@ class LogReader:
     def _wanted(
         self, path: Path, names: list[str], columns: Sequence[str], optional: Sequence[str]
     ) -> list[str]:
-        for name in columns:
-            if name not in names:
-                raise UserError(f"{path}: has no column {name!r}{suggest(name, names)}")
+        lacking = [name for name in columns if name not in names]
+        if lacking:
+            others = f", nor {len(lacking) - 1} others that are asked for" if len(lacking) > 1 else ""
+            raise UserError(f"{path}: has no column {lacking[0]!r}{others}{suggest(lacking[0], names)}")
         wanted = list(dict.fromkeys([*columns, *(name for name in optional if name in names)])) or names
         twice = [name for name, count in Counter(names).items() if count > 1 and name in wanted]
         if twice:

@@ -144,10 +144,7 @@ class TextLog:
         if source.error is not None:
             raise self._cut(lines.rows, source.error)
         if not lines.ended:
-            raise UserError(
-                f"{self._path}: row {lines.rows}, the last: a quote in it is never closed, so all that follows "
-                "is lost; close or remove the quote"
-            )
+            raise lines.open_quote(lines.rows)
         yield lines.rest(wanted)
 
     def _batches(self, source: Any, wanted: Sequence[str], lines: _Lines) -> Iterator[pa.RecordBatch]:
@@ -211,6 +208,9 @@ class _Lines:
             self.ended = True
             return "skip"
         number = row.number - self._header
+        if _END in row.text:
+            self.problem = self.open_quote(number)
+            return "error"
         problem = f"has {row.actual_columns} columns, expected {len(self._names)}; "
         if number == 1 and not self._skip:
             problem += "check data.format, data.delimiter, data.header and data.column_names"
@@ -222,6 +222,13 @@ class _Lines:
             return "skip"
         self.problem = UserError(str(reject))
         return "error"
+
+    def open_quote(self, row: int) -> UserError:
+        """The error of a last row that has swallowed all that follows."""
+        return UserError(
+            f"{self._file}: row {row}, the last: a quote in it is never closed, so all that follows is lost; "
+            "close or remove the quote"
+        )
 
     def piece(self, table: pa.Table, *, damaged: bool) -> Piece:
         """The rows that the parser gave next."""
