@@ -15,10 +15,13 @@ from mldcn import interactions
 from mldcn.comparison import LABEL, PROBABILITY, Comparison, compare_predictions, read_predictions
 from mldcn.config import Config, dump_config, load_config, parse
 from mldcn.data.batch import EncodedLayout
+from mldcn.data.parsing import salvage
 from mldcn.data.prepare import prepare
 from mldcn.data.reading import open_log
+from mldcn.data.rejects import RejectsFile
 from mldcn.data.shards import EncodedRows, ShardWriter
 from mldcn.embedding.embedder import table_widths
+from mldcn.errors import UserError
 from mldcn.metrics import Difference, delong
 from mldcn.model import pick_device
 from mldcn.predict import Predictor
@@ -91,6 +94,8 @@ def train(
         if resume and "warm_start" in run.info():
             warm_start = WarmStart.reopen(run.info()["warm_start"])
         if warm_start is not None:
+            if warm_start.run.path.resolve() == run.path.resolve():
+                raise UserError(f"{run.path}: is the run to start from; name another folder with --out")
             config = warm_start.adapt(config)
         notes = {"warm_start": warm_start.note()} if warm_start is not None else {}
         if not resume:
@@ -213,23 +218,39 @@ def _troubles(info: Mapping[str, Any]) -> str:
     )
 
 
-def evaluate_log(run: RunFolder, files: Sequence[str], encoding: Encoding | None = None) -> Evaluation:
-    """A finished run's metrics on another log with labels."""
+def evaluate_log(
+    run: RunFolder, files: Sequence[str], encoding: Encoding | None = None, rejects: RejectsFile | None = None
+) -> Evaluation:
+    """A finished run's metrics on another log with labels.
+
+    Args:
+        run: the run; its config says how the log is read.
+        files: the log.
+        encoding: told of the progress.
+        rejects: given the bad rows, where the run's config says ``data.on_error: skip``.
+
+    Raises:
+        UserError: the log cannot be read, or all its rows are bad.
+    """
     with scratch("evaluate") as folder:
-        return _evaluate(run, files, folder, encoding)
+        return _evaluate(run, files, folder, encoding, rejects or RejectsFile(None))
 
 
-def _evaluate(run: RunFolder, files: Sequence[str], folder: Path, encoding: Encoding | None) -> Evaluation:
+def _evaluate(
+    run: RunFolder, files: Sequence[str], folder: Path, encoding: Encoding | None, rejects: RejectsFile
+) -> Evaluation:
     predictor = Predictor(run)
     config = predictor.config
     done = 0
     with ShardWriter(folder / "encoded", predictor.encoder.layout) as writer:
-        for block in open_log(files, config.data, config.log_schema.columns()):
-            encoded = predictor.encoder.encode(block)
+        for raw in open_log(files, config.data, config.log_schema.columns()):
+            encoded, good = salvage(raw, predictor.encoder.encode)
+            rejects.add(good.rejects)
             writer.write(encoded)
             done += len(encoded)
             if encoding is not None:
                 encoding("encode", done, 0, 0)
+    rejects.refuse_all(done)
     return evaluate(
         predictor.model,
         EncodedRows(folder / "encoded"),

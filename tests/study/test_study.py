@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -6,7 +11,7 @@ import yaml
 from mldcn.config import Config, parse
 from mldcn.datasets.pinads import PinadsConfig, write_log
 from mldcn.errors import UserError
-from mldcn.run import RunFolder
+from mldcn.run import RunFolder, locked
 from mldcn.study import load_recipe, run_study
 from mldcn.study.engine import Job, _best_trial
 from mldcn.study.recipe import nested, overlay
@@ -55,6 +60,51 @@ def test_a_study_runs_its_plan_once_and_grows(log, tmp_path):
     recipe.write_text(yaml.safe_dump(changed, sort_keys=False))
     with pytest.raises(UserError, match="trial-01-seed-0: holds a run of another config"):
         run_study(load_recipe(recipe), log, tmp_path / "out")
+
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from mldcn.study.engine import _end_with_parent
+
+def work(_):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        list(pool.map(work, range(3)))
+"""
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_study_leaves_no_process(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    study = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    worker = int(study.stdout.readline())
+    assert alive(worker)
+    study.send_signal(signal.SIGKILL)
+    study.communicate()  # ends when nobody can write to the pipe any more: the worker neither
+    assert not alive(worker)
+
+
+def test_a_study_in_use_is_refused(log, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    with ThreadPoolExecutor(1) as other, locked(tmp_path / "out"):
+        study = other.submit(run_study, load_recipe(recipe), log, tmp_path / "out")
+        with pytest.raises(UserError, match=f"out: in use by process {os.getpid()}"):
+            study.result()
 
 
 @pytest.mark.parametrize(("metric", "best"), [("logloss", 1), ("auc", 2)])

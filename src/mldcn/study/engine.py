@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,16 @@ def run_study(
 
     Returns:
         A row a rival.
+
+    Raises:
+        UserError: another process runs a study in the folder, a run is damaged or of another recipe, or a
+            process that trained one was killed.
     """
+    with locked(out):
+        return _run_study(recipe, source, out, jobs, say)
+
+
+def _run_study(recipe: Recipe, source: Path | None, out: Path, jobs: int, say: Say) -> list[Row]:
     base = overlay(_dataset(recipe.dataset, source, out), recipe.config)
     encoded = out / "encoded"
     base = overlay(base, {"data": {"encoded": str(encoded)}})
@@ -114,10 +126,30 @@ def _run_all(planned: list[Job], jobs: int, say: Say) -> None:
     say(f"{len(planned)} runs, {len(planned) - len(todo)} finished before")
     # Processes are started afresh: a forked one would inherit the parent's thread pools.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         running = {pool.submit(_run, job, _threads(jobs)): job for job in todo}
-        for done, future in enumerate(as_completed(running), 1):
-            say(f"{done} of {len(todo)}: {running[future]}: {future.result()}")
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                say(f"{done} of {len(todo)}: {running[future]}: {future.result()}")
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that trained a model was killed, perhaps for want of memory; start the study again, it "
+                "goes on where it was, with fewer --jobs"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing new is begun
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone, killed for example."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # what it was writing is left as by a kill, from which a run can be resumed
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _threads(jobs: int) -> int:
@@ -143,7 +175,7 @@ def _finished(job: Job) -> bool:
     """Whether the job's run is there and whole.
 
     Raises:
-        UserError: another config was trained there, as after a change of the recipe.
+        UserError: another config was trained there, as after a change of the recipe, or the run is damaged.
     """
     run = RunFolder(job.folder)
     if not run.config.exists():
@@ -153,7 +185,10 @@ def _finished(job: Job) -> bool:
             f"{job.folder}: holds a run of another config; has the recipe changed? Remove the folder, or name "
             "another with --out"
         )
-    return bool(run.info().get("status") == "finished")
+    if run.info().get("status") != "finished":
+        return False
+    run.verify()
+    return True
 
 
 def _what_counts(config: Config) -> Config:
