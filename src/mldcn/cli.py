@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mldcn import __version__
 from mldcn.errors import UserError
+
+if TYPE_CHECKING:
+    from mldcn.config import Config
+    from mldcn.training.warm_start import WarmStart
 
 app = typer.Typer(
     name="mldcn",
@@ -27,9 +32,27 @@ app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="the YAML file that 'mldcn init' wrote", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="a run's folder", show_default=False)]
+RejectsPath = Annotated[
+    Path | None,
+    typer.Option("--rejects", help="a .csv for the log's bad rows, where data.on_error is skip"),
+]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a config key, e.g. training.epochs=3")
 ]
+
+
+class Statistics(StrEnum):
+    """What a warm start does with numeric transforms and bucket boundaries."""
+
+    keep = "keep"
+    refresh = "refresh"
+
+
+class Optimiser(StrEnum):
+    """What a warm start does with the optimisers' state."""
+
+    keep = "keep"
+    restart = "restart"
 
 
 def main() -> None:
@@ -141,6 +164,18 @@ def fit(
         Path | None, typer.Option(help="the run's folder; runs/<config>-<interaction> by default")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this interrupted run")] = None,
+    warm_start: Annotated[
+        Path | None, typer.Option(help="begin with this finished run's weights and vocabularies")
+    ] = None,
+    statistics: Annotated[
+        Statistics, typer.Option(help="with --warm-start: the run's numeric transforms, or anew from the log")
+    ] = Statistics.keep,
+    optimiser: Annotated[
+        Optimiser, typer.Option(help="with --warm-start: the optimisers' state; see training.keep_optimiser")
+    ] = Optimiser.restart,
+    repeats: Annotated[
+        int | None, typer.Option(min=2, help="train so many copies, by seed, and tell how far they differ")
+    ] = None,
     settings: Settings = [],  # noqa: B006
     force: Annotated[bool, typer.Option("--force", help="replace the run if it is there")] = False,
 ) -> None:
@@ -158,7 +193,10 @@ def fit(
 
     if (config is None) == (resume is None):
         raise UserError("name either a config to train, or a run to go on with: --resume RUN")
+    start = _warm_start(warm_start, statistics, optimiser)
     if resume is not None:
+        if start is not None or repeats is not None:
+            raise UserError("--warm-start and --repeats are for a new run; a resumed one knows how it began")
         if settings:
             raise UserError("--set changes a new run; a resumed one goes on with its own config")
         if out is not None or force:
@@ -173,8 +211,11 @@ def fit(
     else:
         assert config is not None
         loaded = load_config(config, settings)
-        workflow.check(loaded)
+        workflow.check(loaded, start)
         name = out or Path("runs") / f"{config.stem}-{loaded.model.interaction['name']}"
+        if repeats is not None:
+            _fit_copies(loaded, out or name.with_name(f"{name.name}-repeats"), repeats, start, force)
+            return
         run = RunFolder(name)
     encoding = EncodingProgress()
     progress = FitProgress(monitored(loaded))
@@ -184,6 +225,7 @@ def fit(
             run,
             resume=resume is not None,
             overwrite=force,
+            warm_start=start,
             encoding=encoding,
             observers=[progress],
         )
@@ -201,17 +243,69 @@ def fit(
     )
 
 
+def _warm_start(run: Path | None, statistics: Statistics, optimiser: Optimiser) -> WarmStart | None:
+    if run is None:
+        if (statistics, optimiser) != (Statistics.keep, Optimiser.restart):
+            raise UserError("--statistics and --optimiser go with --warm-start RUN")
+        return None
+    from mldcn.training.warm_start import WarmStart
+
+    return WarmStart.open(run, statistics.value, optimiser.value)
+
+
+def _fit_copies(config: Config, out: Path, count: int, start: WarmStart | None, force: bool) -> None:
+    """Trains copies of one model and shows how far they lie apart."""
+    from mldcn.console import EncodingProgress, FitProgress, err, table
+    from mldcn.console import out as screen
+    from mldcn.repeats import PAGE, run_repeats
+    from mldcn.training.fit import monitored
+    from mldcn.training.interrupt import Interrupted
+
+    encoding = EncodingProgress()
+    watchers: list[FitProgress] = []
+
+    def watch(seed: int) -> list[FitProgress]:
+        watchers.append(FitProgress(monitored(config)))
+        return watchers[-1:]
+
+    try:
+        found = run_repeats(
+            config, out, count, warm_start=start, overwrite=force, encoding=encoding, observers=watch
+        )
+    except Interrupted as error:
+        err.print(f"{error}; the same command goes on from there", markup=False)
+        raise typer.Exit(130) from None
+    finally:
+        for progress in (encoding, *watchers):
+            progress.close()
+    for split in found.metrics:
+        rows = [
+            [task, metric, f"{s.mean:.5f}", f"{s.deviation:.5f}"] for task, metric, s in found.rows(split)
+        ]
+        table(f"{out}, {split}: {count} copies", ["task", "metric", "mean", "deviation"], rows)
+    apart = [
+        [task, f"{a.mean:.5f}", f"{a.difference:.5f}", f"{a.relative:.2%}"]
+        for task, a in found.predictions.items()
+    ]
+    if apart:
+        columns = ["task", "mean prediction", "mean absolute difference", "relative"]
+        table("predictions of the test rows, all pairs of copies", columns, apart)
+    screen.print(f"report: {out / PAGE}", markup=False)
+
+
 @app.command()
 def evaluate(
     run: RunPath,
     log: Annotated[list[Path], typer.Argument(help="files of a log with labels")] = [],  # noqa: B006
+    rejects: RejectsPath = None,
 ) -> None:
     """Shows a run's metrics, or measures it on another log with labels.
 
     Example: mldcn evaluate runs/mldcn next_day.csv
     """
     from mldcn import workflow
-    from mldcn.console import EncodingProgress, metrics_table
+    from mldcn.console import EncodingProgress, metrics_table, warn_of_rejects
+    from mldcn.data.rejects import RejectsFile
     from mldcn.run import RunFolder
 
     folder = RunFolder.open(run)
@@ -220,9 +314,11 @@ def evaluate(
         return
     progress = EncodingProgress()
     try:
-        evaluation = workflow.evaluate_log(folder, [str(path) for path in log], progress)
+        with RejectsFile(rejects) as bad:
+            evaluation = workflow.evaluate_log(folder, [str(path) for path in log], progress, bad)
     finally:
         progress.close()
+    warn_of_rejects(bad.count, bad.first, rejects)
     metrics_table(str(run), {"log": evaluation.metrics})
 
 
@@ -237,16 +333,13 @@ def predict(
 
     Example: mldcn predict runs/mldcn tomorrow.csv --out scores.csv --keep request_id --keep pin_id
     """
-    from mldcn.console import err
     from mldcn.console import out as screen
+    from mldcn.console import warn_of_rejects
     from mldcn.predict import Predictor, predict_file
 
     scored = predict_file(Predictor.load(run), [str(path) for path in log], out, keep)
     screen.print(f"wrote {out}: {scored.rows:,} rows", markup=False)
-    if scored.rejected:
-        err.print(
-            f"warning: {scored.rejected:,} bad rows are left out; {scored.rejects} names each", markup=False
-        )
+    warn_of_rejects(scored.rejected, scored.first, scored.rejects)
 
 
 @app.command()
@@ -255,6 +348,7 @@ def compare(
     b: RunPath,
     log: Annotated[list[Path], typer.Option(help="compare on this log, not on the runs' own test rows")] = [],  # noqa: B006
     repeats: Annotated[int, typer.Option(help="bootstrap samples")] = 1000,
+    rejects: RejectsPath = None,
 ) -> None:
     """Shows the difference of two runs on the same rows, with intervals and p-values.
 
@@ -262,9 +356,12 @@ def compare(
     """
     from mldcn import workflow
     from mldcn.console import out as screen
-    from mldcn.console import table
+    from mldcn.console import table, warn_of_rejects
+    from mldcn.data.rejects import RejectsFile
 
-    comparison = workflow.compare(a, b, [str(path) for path in log], repeats=repeats)
+    with RejectsFile(rejects) as bad:
+        comparison = workflow.compare(a, b, [str(path) for path in log], repeats=repeats, rejects=bad)
+    warn_of_rejects(bad.count, bad.first, rejects)
     rows = [
         [
             task,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mldcn.data.describe import Description
+from mldcn.data.rejects import Reject
 from mldcn.training.observers import Metrics, Observer
 from mldcn.training.observers import Progress as Step
 
@@ -74,6 +76,13 @@ def description_tables(description: Description) -> None:
         for part in label.known
     ]
     table("labels", ["task", "part", "rows with the label", "positive"], labels)
+
+
+def warn_of_rejects(count: int, first: Reject | None, path: Path | None) -> None:
+    """Says how many rows of a log were left out, and where each is named."""
+    if count:
+        where = f"{path} names each" if path is not None else f"the first: {first}"
+        err.print(f"warning: {count:,} bad rows are left out; {where}", markup=False)
 
 
 def share(value: float | None) -> str:

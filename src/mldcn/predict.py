@@ -15,7 +15,7 @@ from mldcn.config import Config, load_config
 from mldcn.data.encoder import EncodedBlock, Encoder
 from mldcn.data.parsing import salvage
 from mldcn.data.reading import RawBlock, open_log, table_blocks
-from mldcn.data.rejects import RejectsFile
+from mldcn.data.rejects import Reject, RejectsFile
 from mldcn.errors import UserError
 from mldcn.metrics import Isotonic, Platt, calibrator_from_json
 from mldcn.model import Ranker, load_weights, pick_device
@@ -116,10 +116,11 @@ def unsampled(scores: NDArray[np.float32], rates: Sequence[float]) -> NDArray[np
 
 @dataclass(frozen=True)
 class Scored:
-    """What :func:`predict_file` wrote: rows with scores, bad rows left out, and the file that names those."""
+    """What :func:`predict_file` wrote: rows with scores, bad rows left out, the first of these, their file."""
 
     rows: int
     rejected: int
+    first: Reject | None
     rejects: Path | None
 
 
@@ -168,13 +169,9 @@ def predict_file(
 
         rejects.refuse_all(done)
 
-    with atomic(target) as temporary, atomic(beside) as left_out:
-        with RejectsFile(left_out) as rejects:
-            _write_tables(scored(rejects), temporary, target.suffix)
-        count = rejects.count
-    if not count:
-        beside.unlink(missing_ok=True)
-    return Scored(done, count, beside if count else None)
+    with atomic(target) as temporary, RejectsFile(beside) as rejects:
+        _write_tables(scored(rejects), temporary, target.suffix)
+    return Scored(done, rejects.count, rejects.first, beside if rejects.count else None)
 
 
 def _write_tables(tables: Iterable[pa.Table], path: Path, suffix: str) -> None:

@@ -41,8 +41,12 @@ Encoding = Callable[[str, int, int, int], None]
 REPORT = "report.html"
 
 
-def check(config: Config) -> None:
+def check(config: Config, warm_start: WarmStart | None = None) -> None:
     """Refuses what only shows when a model is built, before a long encoding starts.
+
+    Args:
+        config: the whole config.
+        warm_start: the run to begin with.
 
     Raises:
         UserError: an interaction, option, task, metric or device is not known or not there.
@@ -50,6 +54,8 @@ def check(config: Config) -> None:
     interactions.parse(config.model.interaction)
     monitored(config)
     pick_device(config.training.device)
+    if warm_start is not None:
+        warm_start.adapt(config)
 
 
 def encoded_folder(config: Config, run: Path, warm_start: WarmStart | None = None) -> Path:
@@ -261,8 +267,17 @@ def _evaluate(
     )
 
 
-def compare(a: Path, b: Path, files: Sequence[str] = (), *, repeats: int = 1000) -> Comparison:
+def compare(
+    a: Path, b: Path, files: Sequence[str] = (), *, repeats: int = 1000, rejects: RejectsFile | None = None
+) -> Comparison:
     """The difference of two finished runs on their common test rows, or on another log.
+
+    Args:
+        a: a run's folder.
+        b: another one's.
+        files: the other log.
+        repeats: bootstrap samples.
+        rejects: given the other log's bad rows, where the first run's config says ``data.on_error: skip``.
 
     Raises:
         UserError: the runs were not tested on the same rows.
@@ -275,7 +290,8 @@ def compare(a: Path, b: Path, files: Sequence[str] = (), *, repeats: int = 1000)
         tables = []
         for i, run in enumerate(runs):
             folder = home / str(i)
-            _evaluate(run, files, folder, None)
+            bad = rejects if rejects is not None and i == 0 else RejectsFile(None)
+            _evaluate(run, files, folder, None, bad)
             tables.append(read_predictions(folder / "predictions.arrow"))
         return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mldcn.errors import UserError
+from mldcn.run import atomic
 
 HEADER = ("file", "row", "column", "value", "problem")
 _LONGEST = 200
@@ -49,18 +51,21 @@ class BadRows(UserError):
 
 
 class RejectsFile:
-    """A CSV file (file, row, column, value, problem) with a line for each row left out; none, no file.
+    """A CSV file (file, row, column, value, problem) with a line for each row left out. A context manager.
+
+    The file appears when the context ends well and there was a reject; one of that name that was there before is
+    gone then in any case.
 
     Args:
-        path: the file; one that is there already is replaced by the first reject.
+        path: the file; None only counts.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.count = 0
         self.first: Reject | None = None
-        self._file: IO[str] | None = None
         self._writer: Any = None
+        self._opened = ExitStack()
 
     def __enter__(self) -> RejectsFile:
         return self
@@ -68,18 +73,23 @@ class RejectsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._opened.__exit__(kind, error, trace)
+        if error is None and not self.count and self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def add(self, rejects: Iterable[Reject]) -> None:
-        """Writes a line for each."""
+        """Counts the rejects and writes a line for each."""
         for reject in rejects:
-            if self._file is None:
-                self.first = reject
-                self._file = self.path.open("w", encoding="utf-8", newline="")
-                self._writer = csv.writer(self._file, lineterminator="\n")
+            self.first = self.first or reject
+            self.count += 1
+            if self.path is None:
+                continue
+            if self._writer is None:
+                temporary = self._opened.enter_context(atomic(self.path))
+                file = self._opened.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+                self._writer = csv.writer(file, lineterminator="\n")
                 self._writer.writerow(HEADER)
             self._writer.writerow([_one_line(str(field)) for field in reject])
-            self.count += 1
 
     def refuse_all(self, good_rows: int) -> None:
         """Refuses a log of which no row is left.
@@ -89,12 +99,6 @@ class RejectsFile:
         """
         if self.count and not good_rows:
             raise UserError(f"all {self.count:,} rows are bad, so none is left; the first: {self.first}")
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def shown(value: object) -> str:
