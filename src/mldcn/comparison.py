@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from mldcn.metrics import Difference, cluster_bootstrap, delong
 from mldcn.run import atomic
 
 LABEL, PROBABILITY = "y_", "p_"
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,26 @@ def read_predictions(path: Path) -> pa.Table:
         ) from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: damaged ({error}); train the run again or restore it") from None
+
+
+def prediction_chunks(path: Path) -> tuple[tuple[str, ...], Iterator[tuple[Array, Array, Array]]]:
+    """The tasks, and the labels ``(n, T)``, probabilities ``(n, T)`` and weights ``(n,)`` chunk by chunk.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    table = read_predictions(path)  # mapped: a chunk is read when it is looked at
+    tasks = tuple(name.removeprefix(LABEL) for name in table.column_names if name.startswith(LABEL))
+
+    def chunks() -> Iterator[tuple[Array, Array, Array]]:
+        for batch in table.to_batches():
+            labels, scores = (
+                np.stack([batch[f"{prefix}{task}"].to_numpy(zero_copy_only=False) for task in tasks], axis=1)
+                for prefix in (LABEL, PROBABILITY)
+            )
+            yield labels, scores, batch["weight"].to_numpy(zero_copy_only=False)
+
+    return tasks, chunks()
 
 
 def compare_predictions(

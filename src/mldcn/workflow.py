@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mldcn import interactions
-from mldcn.comparison import LABEL, PROBABILITY, Comparison, compare_predictions, read_predictions
+from mldcn.comparison import Comparison, compare_predictions, prediction_chunks, read_predictions
 from mldcn.config import Config, dump_config, load_config, parse
 from mldcn.data.batch import EncodedLayout
 from mldcn.data.parsing import salvage
@@ -22,7 +20,7 @@ from mldcn.data.rejects import RejectsFile
 from mldcn.data.shards import EncodedRows, ShardWriter
 from mldcn.embedding.embedder import table_widths
 from mldcn.errors import UserError
-from mldcn.metrics import Difference, delong
+from mldcn.metrics import Difference, auc_intervals
 from mldcn.model import pick_device
 from mldcn.predict import Predictor
 from mldcn.report import Bins, FeatureSummary, RunSummary, run_page
@@ -163,16 +161,10 @@ def run_summary(name: str, run: RunFolder, differences: Mapping[str, Difference]
 
 
 def _auc_intervals(run: RunFolder) -> dict[str, tuple[float, float]]:
-    """Each task's DeLong interval of the test AUC: that of its difference to a model that knows nothing."""
-    table = read_predictions(run.predictions)
-    intervals = {}
-    for name in table.column_names:
-        if name.startswith(LABEL):
-            task = name.removeprefix(LABEL)
-            labels, scores = table[name].to_numpy(), table[f"{PROBABILITY}{task}"].to_numpy()
-            difference = delong(labels, np.zeros_like(scores), scores, table["weight"].to_numpy())
-            intervals[task] = (difference.a + difference.low, difference.a + difference.high)
-    return intervals
+    """Each task's interval of the test AUC."""
+    tasks, chunks = prediction_chunks(run.predictions)
+    with scratch("report") as folder:
+        return auc_intervals(chunks, tasks, folder)
 
 
 def _features(run: RunFolder, config: Config) -> list[FeatureSummary]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mldcn.errors import UserError
 from mldcn.metrics.calibration import Isotonic, Platt, calibrator_from_json
+from mldcn.metrics.interval import auc_intervals
 from mldcn.metrics.pointwise import (
     ReliabilityCurve,
     calibration_ratio,
@@ -35,6 +36,7 @@ __all__ = [
     "Platt",
     "ReliabilityCurve",
     "auc",
+    "auc_intervals",
     "calibration_ratio",
     "calibrator_from_json",
     "cluster_bootstrap",

@@ -276,6 +276,12 @@ def _normal(
     return Difference(a, b, delta, low, high, p_value, method, higher_is_better)
 
 
+def normal_interval(value: float, null: float, error: float) -> tuple[float, float]:
+    """The 95 % interval of a value by its standard error; NaN where that is 0 and the value is not ``null``."""
+    difference = _normal(null, value, value - null, error, "", higher_is_better=True)
+    return null + difference.low, null + difference.high
+
+
 def _class_shares(rows: Rows) -> tuple[Array, Array]:
     """Each row's share of the weight of its class: of positives, of negatives."""
     mass = _mass(rows)

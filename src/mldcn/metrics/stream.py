@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from mldcn.metrics.pointwise import PointSums, ReliabilityCurve, ReliabilitySums
 from mldcn.metrics.ranking import GroupBlock, GroupSums, RankSums, grouped_blocks
 from mldcn.metrics.rows import Array, Rows, check_rows
 from mldcn.metrics.ties import SortedBlock, descending_blocks, descending_keys, tie_groups
+from mldcn.run import scratch
 
 _NO_LABEL = -1
 
@@ -72,7 +73,8 @@ class MetricStream:
         self._bins = calibration_bins
         self._memory_rows = memory_rows
         self._workdir = workdir
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
+        self._cleanup = contextlib.ExitStack()
         self._chunks: list[_Chunk] = []
         self._buffered = 0
         self._weighted: bool | None = None
@@ -141,8 +143,7 @@ class MetricStream:
 
     def close(self) -> None:
         """Removes the runs on disk."""
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._cleanup.close()
 
     def __enter__(self) -> MetricStream:
         return self
@@ -207,10 +208,8 @@ class MetricStream:
     def _spill(self) -> None:
         """Writes the buffered rows as one sorted run a task and a group."""
         if self._folder is None:
-            if self._workdir is not None:
-                Path(self._workdir).mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(prefix="metrics-", dir=self._workdir)
-            folder = Path(self._folder.name)
+            workdir = None if self._workdir is None else Path(self._workdir)
+            folder = self._folder = self._cleanup.enter_context(scratch("metrics", workdir))
             self._by_score = [ExternalSort(folder / f"task-{t}") for t in range(len(self.tasks))]
             self._by_group = {
                 name: ExternalSort(folder / f"group-{g}") for g, name in enumerate(self._group_names)
