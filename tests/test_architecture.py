@@ -26,6 +26,7 @@ ROOMS = [
     "training",
     "study",
     "workflow",
+    "repeats",
     "console",
     "estimator",
     "demo",

@@ -255,7 +255,7 @@ def _warm_start(run: Path | None, statistics: Statistics, optimiser: Optimiser) 
 
 def _fit_copies(config: Config, out: Path, count: int, start: WarmStart | None, force: bool) -> None:
     """Trains copies of one model and shows how far they lie apart."""
-    from mldcn.console import EncodingProgress, FitProgress, err, table
+    from mldcn.console import EncodingProgress, FitProgress, err, repeats_tables
     from mldcn.console import out as screen
     from mldcn.repeats import PAGE, run_repeats
     from mldcn.training.fit import monitored
@@ -276,20 +276,10 @@ def _fit_copies(config: Config, out: Path, count: int, start: WarmStart | None, 
         err.print(f"{error}; the same command goes on from there", markup=False)
         raise typer.Exit(130) from None
     finally:
-        for progress in (encoding, *watchers):
-            progress.close()
-    for split in found.metrics:
-        rows = [
-            [task, metric, f"{s.mean:.5f}", f"{s.deviation:.5f}"] for task, metric, s in found.rows(split)
-        ]
-        table(f"{out}, {split}: {count} copies", ["task", "metric", "mean", "deviation"], rows)
-    apart = [
-        [task, f"{a.mean:.5f}", f"{a.difference:.5f}", f"{a.relative:.2%}"]
-        for task, a in found.predictions.items()
-    ]
-    if apart:
-        columns = ["task", "mean prediction", "mean absolute difference", "relative"]
-        table("predictions of the test rows, all pairs of copies", columns, apart)
+        encoding.close()
+        for watcher in watchers:
+            watcher.close()
+    repeats_tables(str(out), found)
     screen.print(f"report: {out / PAGE}", markup=False)
 
 

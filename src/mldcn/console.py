@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +16,9 @@ from mldcn.data.describe import Description
 from mldcn.data.rejects import Reject
 from mldcn.training.observers import Metrics, Observer
 from mldcn.training.observers import Progress as Step
+
+if TYPE_CHECKING:
+    from mldcn.repeats import Repeats  # loads PyTorch
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
@@ -54,6 +57,23 @@ def metrics_table(title: str, metrics: Mapping[str, Metrics]) -> None:
         for task, values in of_tasks.items()
     ]
     table(title, ["split", "task", *names], rows)
+
+
+def repeats_tables(title: str, found: Repeats) -> None:
+    """Prints how far copies of one model lie apart: their metrics, and their predictions of the test rows."""
+    for split in found.metrics:
+        rows = [
+            [task, metric, f"{s.mean:.5f}", f"{s.deviation:.5f}"] for task, metric, s in found.rows(split)
+        ]
+        columns = ["task", "metric", "mean", "deviation"]
+        table(f"{title}, {split}: {len(found.seeds)} copies", columns, rows)
+    apart = [
+        [task, f"{a.mean:.5f}", f"{a.difference:.5f}", f"{a.relative:.2%}"]
+        for task, a in found.predictions.items()
+    ]
+    if apart:
+        columns = ["task", "mean prediction", "mean absolute difference", "relative"]
+        table("predictions of the test rows, all pairs of copies", columns, apart)
 
 
 def description_tables(description: Description) -> None:

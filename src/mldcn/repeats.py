@@ -1,0 +1,309 @@
+"""Copies of one model that differ by their seed alone: how far metrics and predictions lie apart.
+
+The Homefeed paper asks of an architecture that its copies agree ("reproducibility": the deviation of a metric
+over runs of one config). Two copies may have equal metrics and still score single ads apart; how far is told by
+the mean absolute difference of their predictions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mldcn.comparison import LABEL, PROBABILITY
+from mldcn.config import Config, load_config
+from mldcn.errors import UserError
+from mldcn.report import Page
+from mldcn.report.blocks import Heading, Paragraph
+from mldcn.report.summary import metric_column, metric_names
+from mldcn.report.table import Column, Table
+from mldcn.run import RunFolder, locked, write_text
+from mldcn.training.fit import spelled_out
+from mldcn.training.observers import Observer
+from mldcn.training.warm_start import WarmStart
+from mldcn.workflow import Encoding, train
+
+FORMAT = 1
+FILE, PAGE = "repeats.json", "repeats.html"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A metric over the copies: its mean, its sample standard deviation, and the values by seed."""
+
+    mean: float
+    deviation: float
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one task's predictions lie apart, over all pairs of copies and all test rows.
+
+    ``difference`` is the mean of ``|p_a - p_b|``, ``relative`` that over ``mean``, the mean prediction.
+    """
+
+    rows: int
+    mean: float
+    difference: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What copies came to. ``metrics``: split -> task -> metric -> spread; ``predictions``: task -> agreement."""
+
+    runs: list[str]
+    seeds: list[int]
+    metrics: dict[str, dict[str, dict[str, Spread]]]
+    predictions: dict[str, Agreement]
+
+    def rows(self, split: str) -> list[tuple[str, str, Spread]]:
+        """(task, metric, spread) of a split."""
+        return [
+            (task, metric, spread)
+            for task, metrics in self.metrics.get(split, {}).items()
+            for metric, spread in metrics.items()
+        ]
+
+
+def run_repeats(
+    config: Config,
+    out: Path,
+    count: int,
+    *,
+    warm_start: WarmStart | None = None,
+    overwrite: bool = False,
+    encoding: Encoding | None = None,
+    observers: Callable[[int], Sequence[Observer]] = lambda _: (),
+) -> Repeats:
+    """Trains copies with the seeds from ``training.seed`` on, and measures how far they lie apart.
+
+    The log is encoded once; a seed decides initialisation, shuffling and dropout. Copies that are finished are
+    not trained again, so that an interrupted call goes on where it was.
+
+    Args:
+        config: the model; its split of the log is the same for all.
+        out: gets a folder a copy, ``repeats.json``, ``repeats.html`` and ``repeats.md``.
+        count: of copies, at least 2.
+        warm_start: a finished run that every copy begins with.
+        overwrite: train finished copies again.
+        encoding: told of the encoding's progress.
+        observers: gives those of a seed's training.
+
+    Raises:
+        UserError: ``out`` holds copies of another config, or the log changed between two copies.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    if count < 2:
+        raise UserError(f"--repeats {count}: at least 2 copies are needed to compare")
+    seeds = [config.training.seed + i for i in range(count)]
+    with locked(out):
+        runs = [
+            _copy(
+                _seeded(config, seed), out / f"seed-{seed}", warm_start, overwrite, encoding, observers(seed)
+            )
+            for seed in seeds
+        ]
+        found = summarise(runs, seeds)
+        write_text(out / FILE, json.dumps({"format": FORMAT, **asdict(found)}, indent=2) + "\n")
+        page = repeats_page(f"{out.name}: {count} copies", found)
+        page.write(out / PAGE)
+        write_text((out / PAGE).with_suffix(".md"), page.to_markdown())
+    return found
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+
+
+def _copy(
+    config: Config,
+    path: Path,
+    warm_start: WarmStart | None,
+    overwrite: bool,
+    encoding: Encoding | None,
+    observers: Sequence[Observer],
+) -> RunFolder:
+    """One copy: trained, gone on with, or found finished."""
+    run = RunFolder(path)
+    begun = not overwrite and run.config.exists()
+    if begun:
+        _check_same(run, config, warm_start)
+        if run.info().get("status") == "finished":
+            return RunFolder.open(path)
+    train(
+        config,
+        run,
+        resume=begun,
+        overwrite=overwrite,
+        warm_start=warm_start,
+        encoding=encoding,
+        observers=observers,
+    )
+    return run
+
+
+def _check_same(run: RunFolder, config: Config, warm_start: WarmStart | None) -> None:
+    """Refuses a folder that holds something else than the copy that is asked for."""
+    adapted = warm_start.adapt(config) if warm_start is not None else config
+    noted = run.info().get("warm_start", {})
+    start = (
+        (warm_start.checksum(), warm_start.statistics, warm_start.optimiser) if warm_start else (None,) * 3
+    )
+    if _what_counts(load_config(run.config)) != _what_counts(adapted) or start != tuple(
+        noted.get(key) for key in ("crc32", "statistics", "optimiser")
+    ):
+        raise UserError(
+            f"{run.path}: holds a copy of another config; name another folder with --out, or train all copies "
+            "again with --force"
+        )
+
+
+def _what_counts(config: Config) -> Config:
+    """The config without what does not change a result."""
+    training = config.training.model_copy(update={"threads": None})
+    return spelled_out(config.model_copy(update={"training": training}))
+
+
+def summarise(runs: Sequence[RunFolder], seeds: Sequence[int]) -> Repeats:
+    """How far finished copies lie apart.
+
+    Raises:
+        UserError: they were not trained and tested on the same rows.
+    """
+    logs = [run.info().get("data") for run in runs]
+    for run, log in zip(runs, logs, strict=True):
+        if log != logs[0]:
+            raise UserError(
+                f"{run.path}: was trained on other files than {runs[0].path}; train all copies again with --force"
+            )
+    measured = [run.read_json("metrics.json") for run in runs]
+    metrics = {
+        split: {
+            task: {metric: _spread([m[split][task][metric] for m in measured]) for metric in values}
+            for task, values in of_tasks.items()
+        }
+        for split, of_tasks in measured[0].items()
+    }
+    files = [run.predictions for run in runs]
+    predictions = agreement(files) if all(file.exists() for file in files) else {}
+    return Repeats([str(run.path) for run in runs], list(seeds), metrics, predictions)
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)), values)
+
+
+def agreement(files: Sequence[Path]) -> dict[str, Agreement]:
+    """How far the predictions in some files lie apart, task by task; a batch of each is in memory at a time.
+
+    Args:
+        files: what ``PredictionWriter`` wrote, at least two.
+
+    Raises:
+        UserError: a file is damaged, or they do not hold the same rows.
+    """
+    count, rows = len(files), 0
+    total: dict[str, float] = {}
+    differences: dict[str, float] = {}
+    # Over sorted values p_0 <= ... <= p_{n-1}, the sum of all |p_i - p_j| is sum_k (2 k - n + 1) p_k.
+    factors = 2.0 * np.arange(count) - (count - 1)
+    for batches in _together(files):
+        rows += batches[0].num_rows
+        for name in batches[0].schema.names:
+            columns = [batch[name].to_numpy() for batch in batches]
+            if name.startswith(LABEL):
+                if not all(np.array_equal(column, columns[0], equal_nan=True) for column in columns):
+                    _refuse(files)
+            elif name.startswith(PROBABILITY):
+                task = name.removeprefix(PROBABILITY)
+                scores = np.sort(np.stack(columns).astype(np.float64), axis=0)
+                total[task] = total.get(task, 0.0) + float(scores.sum())
+                differences[task] = differences.get(task, 0.0) + float(factors @ scores.sum(axis=1))
+    found = {}
+    for task, value in total.items():
+        mean = value / (rows * count)
+        difference = differences[task] / (rows * count * (count - 1) / 2)
+        found[task] = Agreement(rows, mean, difference, difference / mean if mean else math.nan)
+    return found
+
+
+def _together(files: Sequence[Path]) -> Iterator[list[pa.RecordBatch]]:
+    """The files' batches, side by side. They are cut alike: the config says where."""
+    try:
+        readers = [pa.ipc.open_file(pa.memory_map(str(file))) for file in files]
+        if len({(reader.num_record_batches, reader.schema) for reader in readers}) > 1:
+            _refuse(files)
+        for i in range(readers[0].num_record_batches):
+            batches = [reader.get_batch(i) for reader in readers]
+            if len({batch.num_rows for batch in batches}) > 1:
+                _refuse(files)
+            yield batches
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{files[0].parent.parent}: a copy's {files[0].name} is damaged ({error})") from None
+
+
+def _refuse(files: Sequence[Path]) -> None:
+    raise UserError(
+        f"{files[0].parent.parent}: the copies were not tested on the same rows; train them again with --force"
+    )
+
+
+def repeats_page(title: str, found: Repeats) -> Page:
+    """The page on copies of one model."""
+    page = Page(title, subtitle=f"seeds {', '.join(map(str, found.seeds))}")
+    page.add(
+        Paragraph(
+            "The copies share config, log and split, and differ by their seed: initialisation, order of the "
+            "rows, dropout. A difference between two models that is not clearly larger than these deviations "
+            "may be luck."
+        )
+    )
+    for split in ("test", "valid"):
+        if split in found.metrics:
+            rows = {"test": "test rows", "valid": "validation rows"}[split]
+            page.add(Heading(f"Metrics on the {rows}"), _metrics_table(found.metrics[split], rows))
+    if found.predictions:
+        page.add(Heading("Predictions"), _agreement_table(found.predictions))
+    else:
+        page.add(Paragraph("There are no test rows, so that predictions are not compared."))
+    return page
+
+
+def _metrics_table(metrics: Mapping[str, Mapping[str, Spread]], rows: str) -> Table:
+    columns = [
+        Column(name="Task"),
+        Column(name="Metric"),
+        Column(name="Mean", format=".5f"),
+        Column(name="Deviation", format=".5f", note="sample standard deviation over the copies."),
+        Column(name="Lowest", format=".5f"),
+        Column(name="Highest", format=".5f"),
+    ]
+    cells: list[list[Any]] = []
+    for task, values in metrics.items():
+        for name in metric_names([dict.fromkeys(values, 0.0)]):
+            s = values[name]
+            cells.append([task, metric_column(name).name, s.mean, s.deviation, min(s.values), max(s.values)])
+    return Table(
+        f"Mean and spread over the copies, {rows}", columns, cells, name=f"repeats-{rows.split()[0]}"
+    )
+
+
+def _agreement_table(predictions: Mapping[str, Agreement]) -> Table:
+    columns = [
+        Column(name="Task"),
+        Column(name="Rows", format=","),
+        Column(name="Mean prediction", format=".5f"),
+        Column(name="Mean absolute difference", format=".5f", note="over all rows and all pairs of copies."),
+        Column(name="Relative to the mean prediction", format=".2%"),
+    ]
+    cells = [(task, a.rows, a.mean, a.difference, a.relative) for task, a in predictions.items()]
+    return Table("How far the copies' predictions lie apart", columns, cells, name="repeats-predictions")
