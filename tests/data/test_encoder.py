@@ -375,17 +375,17 @@ def test_saved_and_loaded(tmp_path):
 
 def test_damage_and_other_versions_are_refused(tmp_path, monkeypatch):
     full_encoder()[0].save(tmp_path)
-    vocabulary = tmp_path / "vocabulary-000.arrow"
+    vocabulary = tmp_path / "vocabulary-000.ids"
     whole = vocabulary.read_bytes()
     vocabulary.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    with pytest.raises(UserError, match=r"vocabulary-000.arrow: damaged \(its checksum is another\)"):
+    with pytest.raises(UserError, match=r"vocabulary-000.ids: damaged \(its checksum is another\)"):
         Encoder.load(tmp_path)
     vocabulary.unlink()
-    with pytest.raises(UserError, match="vocabulary-000.arrow: missing"):
+    with pytest.raises(UserError, match="vocabulary-000.ids: missing"):
         Encoder.load(tmp_path)
     raw = json.loads((tmp_path / "encoder.json").read_text())
     (tmp_path / "encoder.json").write_text(json.dumps({**raw, "format": encoder_module.FORMAT + 1}))
-    with pytest.raises(UserError, match="encoder of format 2; this version of mldcn reads format 1"):
+    with pytest.raises(UserError, match="encoder of format 3; this version of mldcn reads format 2"):
         Encoder.load(tmp_path)
     (tmp_path / "encoder.json").write_text(json.dumps({**raw, "numerics": {"n": {}}}))
     vocabulary.write_bytes(whole)

@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -6,18 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mldcn.data import vocabulary
+from mldcn.data import counting, vocabulary
+from mldcn.data.counting import VocabularyBuilder
 from mldcn.data.hashing import hash_texts
-from mldcn.data.vocabulary import HashedRows, KeyIndex, Vocabulary, VocabularyBuilder
+from mldcn.data.vocabulary import HashedRows, KeyIndex, Vocabulary, VocabularyWriter
 from mldcn.errors import UserError
 
 
-def built(blocks, min_count=1, max_size=None):
+def built(blocks, min_count=1, max_size=None, base=None):
     builder = VocabularyBuilder()
     for block in blocks:
-        texts = pa.array(block, pa.string())
-        builder.update(hash_texts(texts), texts)
-    return builder.finish(min_count, max_size)
+        count(builder, block)
+    return builder.finish(min_count, max_size, base)
+
+
+def count(builder, block):
+    seen = Counter(block)
+    texts = pa.array(list(seen), pa.string())
+    builder.update(hash_texts(texts), np.array(list(seen.values()), np.int64), texts)
 
 
 def rows(vocab, *texts):
@@ -57,7 +64,7 @@ def test_equals_counting_by_hand(blocks, min_count):
 def test_merging_often_changes_nothing(monkeypatch):
     blocks = [[str(i * j % 97) for i in range(50)] for j in range(1, 20)]
     once = built(blocks)
-    monkeypatch.setattr(vocabulary, "_MERGE_AT", 1)
+    monkeypatch.setattr(counting, "_MERGE_AT", 1)
     often = built(blocks)
     assert often.values.equals(once.values)
     assert often.counts.tolist() == once.counts.tolist()
@@ -84,14 +91,68 @@ def test_empty_vocabulary(tmp_path):
 
 
 def test_other_versions_and_damage_are_refused(tmp_path, monkeypatch):
-    path = tmp_path / "v.arrow"
+    path = tmp_path / "v.ids"
     built([["a"]]).save(path)
-    monkeypatch.setattr(vocabulary, "FORMAT", 2)
-    with pytest.raises(UserError, match="a vocabulary of format 1; this version of mldcn reads format 2"):
+    monkeypatch.setattr(vocabulary, "FORMAT", 3)
+    with pytest.raises(UserError, match="a vocabulary of format 2; this version of mldcn reads format 3"):
         Vocabulary.load(path)
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match="no readable vocabulary"):
-        Vocabulary.load(path)
+    for size in (0, 10, 40, path.stat().st_size - 1):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(UserError, match="no readable vocabulary"):
+            Vocabulary.load(path)
+
+
+def random_blocks(seed, number=40, size=200, distinct=3000):
+    draw = np.random.default_rng(seed)
+    # Some ids are frequent, most are rare; their texts differ in length.
+    return [
+        [f"{int(i):x}" * (int(i) % 3 + 1) for i in draw.pareto(0.5, size) % distinct] for _ in range(number)
+    ]
+
+
+@pytest.mark.parametrize("memory", [1 << 40, 60_000, 2_000])
+@pytest.mark.parametrize(("min_count", "max_size"), [(1, None), (2, None), (1, 100), (2, 0)])
+def test_runs_on_disk_change_nothing(tmp_path, memory, min_count, max_size):
+    blocks = random_blocks(1)
+    expected = built(blocks, min_count, max_size)
+    builder = VocabularyBuilder()
+    for number, block in enumerate(blocks):
+        count(builder, block)
+        if number % 7 == 3:
+            builder.flush(tmp_path / f"{number}.run")
+    found = builder.finish(min_count, max_size, path=tmp_path / "out" / "v.ids", memory=memory)
+    found.save(tmp_path / "found")
+    expected.save(tmp_path / "expected")
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert len(builder) == len(set(chain.from_iterable(blocks)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["v.ids"]
+
+
+@pytest.mark.parametrize("memory", [1 << 40, 5_000])
+def test_a_base_keeps_its_rows(tmp_path, memory):
+    base = built(random_blocks(2, number=5), max_size=50)
+    blocks = random_blocks(3)
+    seen = Counter(chain.from_iterable(blocks))
+    old = base.values.to_pylist()
+    new = sorted((t for t in seen if seen[t] >= 2 and t not in old), key=lambda t: (-seen[t], t.encode()))
+    builder = VocabularyBuilder()
+    for number, block in enumerate(blocks):
+        count(builder, block)
+        builder.flush(tmp_path / f"{number}.run")
+    grown = builder.finish(2, 200, base, path=tmp_path / "v.ids", memory=memory)
+    assert grown.values.to_pylist() == old + new[:150]
+    assert grown.counts.tolist() == [seen[t] for t in old + new[:150]]
+    assert rows(grown, *old) == list(range(2, 52))
+
+
+def test_keys_are_sorted_in_parts_where_memory_is_short(tmp_path):
+    texts = pa.array([str(i) for i in range(5000)])
+    keys, counts = hash_texts(texts), np.ones(5000, np.int64)
+    for name, memory in (("much", 1 << 30), ("little", 10_000)):
+        with VocabularyWriter(tmp_path / name, memory) as writer:
+            writer.add(texts, keys, counts)
+    assert (tmp_path / "much").read_bytes() == (tmp_path / "little").read_bytes()
+    assert Vocabulary.load(tmp_path / "little").lookup(keys).tolist() == list(range(2, 5002))
 
 
 def test_hashed_rows():

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from mldcn.config import Config
 from mldcn.data.batch import MISSING, OUT_OF_VOCABULARY, EncodedLayout, IdSlot
-from mldcn.data.encoder import EncodedBlock, Encoder, Fitter
-from mldcn.data.hashing import NO_KEY
-from mldcn.data.parsing import ParsedBlock, parse
-from mldcn.data.prepare import LogPasses, Progress
+from mldcn.data.encoder import EncodedBlock, Encoder
+from mldcn.data.fitting import Fitter
+from mldcn.data.parsing import ParsedBlock
+from mldcn.data.passes import LogPasses, Progress
 from mldcn.data.reading import RawBlock
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Parts
 from mldcn.data.transforms import Moments, RowSample, row_priorities
@@ -89,8 +89,8 @@ def describe(config: Config, progress: Progress | None = None) -> Description:
         rule = passes.rule(Path(folder))
     encoder = passes.fit(rule, fitter, seen.raw)
 
-    def encoded(block: RawBlock) -> tuple[ParsedBlock, EncodedBlock]:
-        parsed = parse(schema, block)
+    def encoded(block: RawBlock, parts: Parts) -> tuple[ParsedBlock, EncodedBlock]:
+        parsed = passes.parse(block, rule)
         return parsed, encoder.assemble(parsed)
 
     for part in PARTS:
@@ -128,7 +128,7 @@ class _Seen:
             self.extremes[name] = (float(there.min(initial=low)), float(there.max(initial=high)))
             self.samples.setdefault(name, RowSample()).update(values, priorities)
         for name, ids in parsed.ids.items():
-            count = int((ids.keys[:, 0] != NO_KEY).sum())
+            count = int((ids.codes[:, 0] >= 0).sum())
             self.present[name] = self.present.get(name, 0) + count
         for name, vectors in parsed.vectors.items():
             if name not in parsed.ids:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,39 +16,29 @@ import torch
 from numpy.typing import NDArray
 
 from mldcn.config import parse as parse_model
-from mldcn.data.batch import Batch, DenseSlot, EncodedLayout, IdSlot
-from mldcn.data.hashing import NO_KEY, hash_texts
+from mldcn.data.batch import MISSING, Batch, DenseSlot, EncodedLayout, IdSlot
+from mldcn.data.hashing import hash_texts
 from mldcn.data.parsing import Ids, ParsedBlock, actions_of, columns, parse
 from mldcn.data.reading import RawBlock
 from mldcn.data.transforms import (
     FittedNumeric,
     Floats,
-    NumericFitter,
-    RowSample,
     bucket_numbers,
-    quantile_boundaries,
-    row_priorities,
 )
-from mldcn.data.vocabulary import HashedRows, Vocabulary, VocabularyBuilder
+from mldcn.data.vocabulary import HashedRows, Vocabulary
 from mldcn.errors import UserError
 from mldcn.run import checksum, write_text
 from mldcn.schema import (
     Bucketised,
     EmbeddingFeature,
-    Hashing,
     MultiCategorical,
     Numeric,
     Schema,
     Sequence,
-    TableFeature,
 )
-from mldcn.schema import Vocabulary as VocabularyOptions
 
-FORMAT = 1
+FORMAT = 2
 _FILE = "encoder.json"
-
-# What becomes of a base's transforms and boundaries.
-Statistics = Literal["keep", "refresh"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +102,8 @@ class Encoder:
         Raises:
             UserError: a cell is not what the schema says, or there are no rows.
         """
+        from mldcn.data.fitting import Fitter
+
         fitter = Fitter(schema)
         for block in blocks:
             fitter.update(parse(schema, block))
@@ -141,20 +133,19 @@ class Encoder:
         for slot in self.layout.ids:
             feature = features[slot.feature]
             if isinstance(feature, Bucketised):
-                keys = _bucket_ids(feature, parsed.numbers, self.boundaries).keys
+                cells = bucket_ids(feature, parsed.numbers, self.boundaries)
             else:
-                keys = parsed.ids[
-                    slot.feature if slot.role == "values" else actions_of(_sequence(feature))
-                ].keys
+                cells = parsed.ids[slot.feature if slot.role == "values" else actions_of(_sequence(feature))]
             table = self.tables[slot.table]
             for which in range(slot.hashes):
-                rows = (
-                    table.lookup(keys.ravel(), which)
-                    if isinstance(table, HashedRows)
-                    else table.lookup(keys.ravel())
-                )
+                # Each distinct id is looked up once; the last row is that of code -1.
+                rows = np.full(len(cells.keys) + 1, MISSING, np.int32)
+                if isinstance(table, HashedRows):
+                    rows[:-1] = table.lookup(cells.keys, which)
+                else:
+                    rows[:-1] = table.lookup(cells.keys)
                 start = slot.start + which * slot.length
-                ids[:, start : start + slot.length] = rows.reshape(keys.shape)
+                ids[:, start : start + slot.length] = rows[cells.codes]
         dense = np.empty((parsed.rows, self.layout.num_dense_columns), np.float32)
         for place in self.layout.dense:
             if place.kind == "numeric":
@@ -196,7 +187,7 @@ class Encoder:
             if isinstance(table, HashedRows):
                 tables.append({"name": name, "rows": table.modulus, "hashes": table.hashes})
                 continue
-            file = folder / f"vocabulary-{number:03}.arrow"
+            file = folder / vocabulary_file(number)
             table.save(file)
             tables.append({"name": name, "file": file.name, "crc32": checksum(file)})
         raw = {
@@ -209,8 +200,12 @@ class Encoder:
         write_text(folder / _FILE, json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Encoder:
+    def load(cls, folder: str | Path, *, check: bool = True) -> Encoder:
         """The inverse of :meth:`save`.
+
+        Args:
+            folder: the folder.
+            check: compare the vocabularies' checksums, which reads them whole.
 
         Raises:
             UserError: a file is missing, damaged, or of another version.
@@ -230,7 +225,7 @@ class Encoder:
             )
         try:
             schema = parse_model(Schema, raw["schema"], str(path))
-            tables = {table["name"]: _load_table(path.parent, table) for table in raw["tables"]}
+            tables = {table["name"]: _load_table(path.parent, table, check) for table in raw["tables"]}
             numerics = {name: FittedNumeric.from_json(numeric) for name, numeric in raw["numerics"].items()}
             boundaries = {name: tuple(values) for name, values in raw["boundaries"].items()}
             return cls(schema, tables, numerics, boundaries)
@@ -238,125 +233,9 @@ class Encoder:
             raise UserError(f"{path}: damaged ({error!r}); prepare the data again") from None
 
 
-class Fitter:
-    """Fits an :class:`Encoder` block by block.
-
-    Args:
-        schema: the log's schema.
-        base: an encoder of the same features whose vocabularies grow: its ids keep their rows.
-        statistics: ``keep`` the base's numeric transforms and bucket boundaries, or ``refresh`` them from the
-            rows given here.
-
-    Raises:
-        UserError: the base was made for other features.
-    """
-
-    def __init__(
-        self, schema: Schema, *, base: Encoder | None = None, statistics: Statistics = "keep"
-    ) -> None:
-        if base is not None:
-            _check_base(schema, base.schema)
-        self._schema = schema
-        self._base = base
-        self._keep = base if statistics == "keep" else None
-        self._rows = 0
-        self._options = _table_options(schema)
-        quantile = [f for f in schema.features if isinstance(f, Bucketised) and f.method == "quantile"]
-        self._samples = {feature.name: RowSample() for feature in quantile}
-        self._builders = {
-            name: VocabularyBuilder()
-            for name, options in self._options.items()
-            if isinstance(options, VocabularyOptions) and name not in self._samples
-        }
-        self._numerics = {f.name: NumericFitter(f) for f in schema.features if isinstance(f, Numeric)}
-
-    def update(self, parsed: ParsedBlock, rows: NDArray[np.int64] | None = None) -> None:
-        """Takes in a block, or only some of its rows (by number, rising)."""
-        count = parsed.rows if rows is None else len(rows)
-        if not count:
-            return
-        priorities = row_priorities(self._rows, count)
-        self._rows += count
-        for feature in self._schema.features:
-            if isinstance(feature, Numeric | Bucketised):
-                values = parsed.numbers[feature.name]
-                values = values if rows is None else values[rows]
-                if isinstance(feature, Numeric):
-                    self._numerics[feature.name].update(values, priorities)
-                elif feature.name in self._samples:
-                    self._samples[feature.name].update(values, priorities)
-                else:
-                    self._count(feature.name, _bucket_ids(feature, {feature.name: values}, {}))
-            elif isinstance(feature, TableFeature):
-                self._count(self._schema.table_of(feature), parsed.ids[feature.name], rows)
-                if isinstance(feature, Sequence) and feature.actions is not None:
-                    self._count(actions_of(feature), parsed.ids[actions_of(feature)], rows)
-
-    def finish(self) -> Encoder:
-        """The encoder.
-
-        Raises:
-            UserError: there were no rows, or a transform has nothing to fit.
-        """
-        if not self._rows:
-            raise UserError("there are no training rows to fit on")
-        boundaries = {
-            f.name: self._keep.boundaries[f.name]
-            if self._keep is not None
-            else quantile_boundaries(self._samples[f.name].values(), f.buckets)
-            for f in self._schema.features
-            if isinstance(f, Bucketised) and f.name in self._samples
-        }
-        tables: dict[str, Vocabulary | HashedRows] = {}
-        for name, options in self._options.items():
-            old = self._base.tables[name] if self._base is not None else None
-            old = old if isinstance(old, Vocabulary) else None
-            if isinstance(options, Hashing):
-                tables[name] = HashedRows(options.rows, options.hashes)
-            elif name in boundaries:
-                # A base's rows stay, though refreshed boundaries may be fewer.
-                buckets = max(len(boundaries[name]) + 1, len(old.values) if old is not None else 0)
-                texts = pa.array([str(number) for number in range(buckets)])
-                tables[name] = Vocabulary(texts, np.full(buckets, self._rows // buckets))
-            else:
-                tables[name] = self._builders[name].finish(options.min_count, options.max_size, old)
-        numerics = {
-            name: fitter.finish() if self._keep is None else self._keep.numerics[name]
-            for name, fitter in self._numerics.items()
-        }
-        return Encoder(self._schema, tables, numerics, boundaries)
-
-    def distinct(self, table: str) -> int | None:
-        """How many ids were seen for a table; None where it has no vocabulary to fit."""
-        return len(self._builders[table]) if table in self._builders else None
-
-    def _count(self, table: str, ids: Ids, rows: NDArray[np.int64] | None = None) -> None:
-        if table not in self._builders:
-            return
-        length = ids.keys.shape[1]
-        at = ids.at
-        if rows is None:
-            self._builders[table].update(ids.keys.ravel(), ids.texts, at)
-        else:
-            at = rows if at is None else at.reshape(-1, length)[rows].ravel()
-            self._builders[table].update(ids.keys[rows].ravel(), ids.texts, at)
-
-
-def _check_base(schema: Schema, base: Schema) -> None:
-    """An encoder grows for the same features only; how rare or how many ids may be is free to change."""
-    for feature in schema.features:
-        old = next((f for f in base.features if f.name == feature.name), None)
-        if old is None or _without_limits(old) != _without_limits(feature):
-            what = "is not among the features" if old is None else "is another"
-            raise UserError(
-                f"feature {feature.name!r} {what} of the run to start from; use its schema, or train anew"
-            )
-
-
-def _without_limits(feature: object) -> object:
-    if isinstance(feature, TableFeature) and isinstance(feature.encoding, VocabularyOptions):
-        return feature.model_copy(update={"encoding": VocabularyOptions()})
-    return feature
+def vocabulary_file(number: int) -> str:
+    """The name of a table's file, by the table's place among all."""
+    return f"vocabulary-{number:03}.ids"
 
 
 def _sequence(feature: object) -> Sequence:
@@ -364,27 +243,14 @@ def _sequence(feature: object) -> Sequence:
     return feature
 
 
-def _bucket_ids(feature: Bucketised, numbers: dict[str, Floats], fitted: dict[str, tuple[float, ...]]) -> Ids:
+def bucket_ids(feature: Bucketised, numbers: dict[str, Floats], fitted: dict[str, tuple[float, ...]]) -> Ids:
     """The keys of a number's bucket: those of its decimal text."""
     boundaries = fitted.get(feature.name, feature.boundaries)
     buckets = bucket_numbers(feature, numbers[feature.name], boundaries)
     missing = np.isnan(buckets)
-    distinct, at = np.unique(np.where(missing, 0, buckets), return_inverse=True)
+    distinct, codes = np.unique(np.where(missing, 0, buckets), return_inverse=True)
     texts = pc.cast(pa.array(distinct.astype(np.int64)), pa.string())
-    keys = hash_texts(texts)[at]
-    keys[missing] = NO_KEY
-    return Ids(keys[:, None], texts, at)
-
-
-def _table_options(schema: Schema) -> dict[str, VocabularyOptions | Hashing]:
-    """How each table's rows are given out; actions beside a sequence have a vocabulary of their own."""
-    options: dict[str, VocabularyOptions | Hashing] = {}
-    for feature in schema.features:
-        if isinstance(feature, TableFeature) and feature.share is None:
-            options[feature.name] = feature.encoding
-        if isinstance(feature, Sequence) and feature.actions is not None:
-            options[actions_of(feature)] = VocabularyOptions()
-    return options
+    return Ids(np.where(missing, -1, codes)[:, None], hash_texts(texts), texts)
 
 
 def _layout(schema: Schema, tables: dict[str, Vocabulary | HashedRows]) -> EncodedLayout:
@@ -434,12 +300,12 @@ def _layout(schema: Schema, tables: dict[str, Vocabulary | HashedRows]) -> Encod
     )
 
 
-def _load_table(folder: Path, raw: dict[str, Any]) -> Vocabulary | HashedRows:
+def _load_table(folder: Path, raw: dict[str, Any], check: bool) -> Vocabulary | HashedRows:
     if "file" not in raw:
         return HashedRows(raw["rows"], raw["hashes"])
     path = folder / raw["file"]
     if not path.is_file():
         raise UserError(f"{path}: missing from the encoder; prepare the data again")
-    if checksum(path) != raw["crc32"]:
+    if check and checksum(path) != raw["crc32"]:
         raise UserError(f"{path}: damaged (its checksum is another); prepare the data again")
     return Vocabulary.load(path)

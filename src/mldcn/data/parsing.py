@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mldcn.config import suggest
 from mldcn.data import cells
-from mldcn.data.hashing import NO_KEY, Keys, hash_texts
+from mldcn.data.hashing import Keys, hash_texts
 from mldcn.data.reading import RawBlock
 from mldcn.data.rejects import BadRows, Reject
 from mldcn.data.transforms import LARGEST
@@ -40,11 +40,21 @@ _TRUTHS: Mapping[str, float] = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "fal
 
 @dataclass(frozen=True)
 class Ids:
-    """Ids of one slot: keys ``(n, length)``, padded with ``NO_KEY``, and where in ``texts`` each stands."""
+    """Ids of one slot: each cell of ``codes`` ``(n, length)`` is a place in ``keys`` and ``texts``, ``(d,)`` each.
 
+    Missing ids and padding have the code -1.
+    """
+
+    codes: NDArray[np.signedinteger]
     keys: Keys
     texts: pa.Array
-    at: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(cls, texts: pa.Array) -> Ids:
+        """One id a row, ``(n,)`` texts, nulls missing."""
+        coded = texts.dictionary_encode()
+        codes = pc.fill_null(coded.indices, -1) if coded.null_count else coded.indices
+        return cls(codes.to_numpy()[:, None], hash_texts(coded.dictionary), coded.dictionary)
 
 
 @dataclass(frozen=True)
@@ -201,8 +211,7 @@ def _times(block: RawBlock, name: str | None, *, required: bool) -> cells.Floats
 
 
 def _single(block: RawBlock, name: str) -> Ids:
-    texts = cells.texts(block, name)
-    return Ids(hash_texts(texts)[:, None], texts)
+    return Ids.of(cells.texts(block, name))
 
 
 def _key(block: RawBlock, name: str | None) -> NDArray[np.int64]:
@@ -224,13 +233,12 @@ def _places(
 
 def _padded(block: RawBlock, name: str, lists: cells.Lists, length: int, *, newest_first: bool) -> Ids:
     texts = cells.texts(block, name, lists.flat, lists)
-    flat = hash_texts(texts)
     # "a||b": nothing stands between the delimiters.
-    flat[pc.fill_null(pc.equal(texts, ""), False).to_numpy(zero_copy_only=False)] = NO_KEY
+    flat = Ids.of(pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts))
     places, there = _places(lists, length, newest_first)
-    if not len(flat):
-        return Ids(np.zeros(places.shape, np.uint64), texts, places.ravel())
-    return Ids(np.where(there, flat[places], np.uint64(NO_KEY)), texts, places.ravel())
+    if not len(texts):
+        return Ids(np.full(places.shape, -1, np.int32), flat.keys, flat.texts)
+    return Ids(np.where(there, flat.codes[places, 0], np.int32(-1)), flat.keys, flat.texts)
 
 
 def _sequence(block: RawBlock, feature: Sequence, now: cells.Floats, parsed: ParsedBlock) -> None:

@@ -1,55 +1,43 @@
 """``prepare``: from a config's log to encoded training, validation and test rows on disk, in bounded memory.
 
-One pass over the log fits the vocabularies and transforms on the training rows, and keeps what it parsed (keys
-of ids and numbers, no text; some 8 bytes a cell) in a temporary file, from which every row is then encoded.
-A split by time or order takes a pass before it, over one column.
+One pass over the log fits the vocabularies and transforms on the training rows, and keeps what it parsed (codes
+of ids and numbers, no cell's text) in a file, from which every row is then encoded. A split by time or order takes
+a pass before it, over one column. All of it happens in ``<folder>.partial``, which gets its name at the end; a
+preparation that was killed goes on from there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit
+from mldcn.config import Config, FilesSplit
 from mldcn.data import encoder, shards, vocabulary
-from mldcn.data.encoder import EncodedBlock, Encoder, Fitter, Statistics
-from mldcn.data.parsing import ParsedBlock, parse
-from mldcn.data.pipeline import Spool, ahead, ordered_map
-from mldcn.data.reading import LogReader, RawBlock, expand
-from mldcn.data.shards import EncodedRows, ShardWriter, replace_folder
-from mldcn.data.splits import (
-    LEFT_OUT,
-    PARTS,
-    TRAIN,
-    ColumnRule,
-    HashRule,
-    Part,
-    Parts,
-    Rule,
-    TimesOnDisk,
-    order_rule,
-    row_times,
-)
+from mldcn.data.encoder import EncodedBlock, Encoder
+from mldcn.data.fitting import Fitter, MeasuredBlock, Statistics, Store
+from mldcn.data.partial import Partial, PartialRejects, read_sealed, write_sealed
+from mldcn.data.passes import LogPasses, Progress, rows_of
+from mldcn.data.pipeline import ordered_map
+from mldcn.data.reading import RawBlock
+from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
+from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
+from mldcn.data.spool import Item, Spool, packed
 from mldcn.errors import UserError
-from mldcn.run import checksum, write_text
+from mldcn.run import checksum, locked
 
-FORMAT = 1
+FORMAT = 2
+REJECTS = "rejects.csv"
+# What was done is noted this often, or less often the longer it has taken so far.
+CHECKPOINT_SECONDS = 30.0
+_CHECKPOINT_SHARE = 0.05
 _FILE = "prepared.json"
-
-# What is being done, rows done, bytes of the log done and in all.
-Progress = Callable[[str, int, int, int], None]
-Watch = Callable[[ParsedBlock, Parts], None]
-Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class EncodedData:
     """A prepared log.
 
     ``fingerprint`` is plain data for the run's folder: each file's size and digest. ``reused`` says that the
-    folder held these rows already.
+    folder held these rows already. ``rejected`` rows were left out; the folder's ``rejects.csv`` names them.
     """
 
     train: EncodedRows
@@ -66,6 +54,7 @@ class EncodedData:
     encoder: Encoder
     fingerprint: dict[str, Any]
     reused: bool
+    rejected: int = 0
 
 
 def prepare(
@@ -79,7 +68,8 @@ def prepare(
     """Encodes the log that a config names.
 
     Vocabularies and transforms are fitted on training rows alone. When the folder holds what the same schema,
-    data config and files (by size and time of change) gave, it is checked and used again.
+    data config and files (by size and time of change) gave, it is checked and used again. A preparation that was
+    interrupted is continued; where another process prepares the folder, its end is waited for.
 
     Args:
         config: its ``data`` and ``schema`` parts are read.
@@ -93,198 +83,241 @@ def prepare(
             holds something else.
     """
     folder = Path(folder)
-    passes = LogPasses(config, progress)
-    key = _key(config, passes.files)
+    key = _key(config, LogPasses(config).files)
     if base is not None:
         key["base"] = [base.checksum(), statistics]
-    fitter = Fitter(config.log_schema, base=base, statistics=statistics)
-    if folder.exists() and any(folder.iterdir()):
-        found = _prepared(folder)
-        # Damaged rows are encoded again, not mourned.
-        with contextlib.suppress(UserError, OSError):
-            if found.get("key") == key:
-                return _open(folder, found, reused=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    temporary.chmod(0o755)
+    found = _reusable(folder, key)
+    if found is not None:
+        return found
+    with locked(folder, wait=True):
+        found = _reusable(folder, key)
+        if found is not None:
+            return found
+        partial = folder.with_name(f"{folder.name}.partial")
+        if read_sealed(partial / _FILE).get("key") != key:
+            _prepare(config, Partial(partial, key), progress, base, statistics)
+        Partial.clean(partial)
+        replace_folder(partial, folder)
+        return _open(folder, read_sealed(folder / _FILE), reused=False)
+
+
+def _prepare(
+    config: Config, partial: Partial, progress: Progress | None, base: Encoder | None, statistics: Statistics
+) -> None:
+    preparation = _Preparation(config, partial, progress, base, statistics)
     try:
-        passes.write(temporary, fitter)
-        if _key(config, passes.files)["files"] != key["files"]:
+        preparation.run()
+    except BaseException as error:
+        preparation.close()
+        # What was interrupted can go on; after a mistake in the log or the config there is nothing to go on with.
+        if isinstance(error, UserError) or not partial.saved:
+            shutil.rmtree(partial.folder, ignore_errors=True)
+        raise
+
+
+class _Preparation:
+    """All the work on one log, noted in a :class:`Partial` as it goes on."""
+
+    def __init__(
+        self,
+        config: Config,
+        partial: Partial,
+        progress: Progress | None,
+        base: Encoder | None,
+        statistics: Statistics,
+    ) -> None:
+        self._config = config
+        self._partial = partial
+        self._folder = partial.folder
+        self._state = partial.state
+        self._rejects = PartialRejects(self._folder / REJECTS)
+        self._passes = LogPasses(config, progress, self._rejects.add)
+        self._passes.fingerprint = self._state.setdefault("fingerprint", {})
+        self._by_files = isinstance(config.data.split, FilesSplit)
+        store = Store(self._folder / "fit", self._folder / "encoder", (config.data.memory_mb << 20) // 4)
+        self._fitter = Fitter(config.log_schema, base=base, statistics=statistics, store=store)
+        self._started = self._noted = time.monotonic()
+        self._writers: dict[Part, ShardFiles] = {}
+
+    def run(self) -> None:
+        """Does what is left to do."""
+        state = self._state
+        rule = self._passes.rule(self._folder, state.get("bounds"))
+        if isinstance(rule, ThresholdRule):
+            state["bounds"] = list(rule.bounds)
+        if not state.get("fitted"):
+            self._fit(rule)
+        encoder = Encoder.load(self._folder / "encoder", check=False)
+        for part in PARTS:
+            if self._passes.wanted(part):
+                mine = state["parts"].setdefault(part, {"files": [], "block": 0, "done": False})
+                self._writers[part] = ShardFiles(self._folder / part, encoder.layout, mine["files"])
+        self._encode_spool(encoder)
+        if self._by_files:
+            for part in PARTS[1:]:
+                self._encode_files(encoder, part)
+        self._rejects.close()
+        if _key(self._config, self._passes.files)["files"] != state["key"]["files"]:
             raise UserError(
                 "the log's files changed while they were read; prepare them again when they are whole"
             )
-        parts = [part for part in PARTS if (temporary / part).is_dir()]
-        found = {
+        names = ["encoder/encoder.json", *(f"{part}/manifest.json" for part in self._writers)]
+        facts = {
             "format": FORMAT,
-            "key": key,
-            "parts": parts,
-            "fingerprint": {"files": passes.fingerprint},
+            "key": state["key"],
+            "parts": list(self._writers),
+            "rejected": self._rejects.count,
+            "fingerprint": {"files": self._passes.fingerprint},
             # These hold the checksums of all other files.
-            "crc32": {str(p.relative_to(temporary)): checksum(p) for p in sorted(temporary.rglob("*.json"))},
+            "crc32": {name: checksum(self._folder / name) for name in names},
         }
-        found["seal"] = _seal(found)
-        write_text(temporary / _FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return _open(folder, found, reused=False)
+        # From here on the folder is whole.
+        write_sealed(self._folder / _FILE, facts)
+
+    def close(self) -> None:
+        """Closes what is open."""
+        self._rejects.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    def _fit(self, rule: Rule | None) -> None:
+        state = self._state
+        if "fitter" in state:
+            self._fitter.restore(self._folder / state["fitter"], state["runs"])
+            self._rejects.resume(*state["rejects"])
+        else:
+            state |= {"blocks": 0, "spool": 0, "rows": 0, "counts": [0] * (LEFT_OUT + 1), "parts": {}}
+        counts = np.array(state["counts"], np.int64)
+
+        def work(block: RawBlock, parts: Parts) -> tuple[int, MeasuredBlock, list[Any]]:
+            parsed = self._passes.parse(block, rule)
+            return parsed.rows, self._fitter.measure(parsed, rows_of(parts, TRAIN)), packed(parsed, parts)
+
+        with Spool(self._partial.spool, state["spool"], state["rows"]) as spool:
+
+            def note() -> None:
+                state.update(spool=spool.bytes, rows=spool.rows, counts=counts.tolist())
+                state["rejects"] = self._rejects.sync()
+
+            blocks = state["blocks"]
+            for (rows, measured, data), parts in self._passes.run("fit", "train", rule, work, skip=blocks):
+                blocks += 1
+                counts += np.bincount(parts, minlength=len(counts))
+                self._fitter.add(measured)
+                spool.add(data, rows)
+                if self._due():
+                    spool.sync()
+                    note()
+                    fitter = f"fit/fitter-{blocks:08}.npz"
+                    runs = self._fitter.save_state(self._folder / fitter)
+                    self._partial.vouch(fitter, *(f"fit/{run}" for run in runs))
+                    self._save(blocks=blocks, fitter=fitter, runs=runs)
+            self._rejects.refuse_all(int(counts.sum()))
+            self._passes.check(rule, counts)
+            self._fitter.finish().save(self._folder / "encoder")
+            note()
+            if self._long():
+                spool.sync()
+        state["fitted"] = True
+        if self._long():
+            self._partial.vouch(*(f"encoder/{path.name}" for path in (self._folder / "encoder").iterdir()))
+            self._save()
+        self._partial.discard_fit()
+
+    def _encode_spool(self, encoder: Encoder) -> None:
+        """Writes the rows that the fit read."""
+        state = self._state
+        mine = {part: state["parts"][part] for part in self._writers if part == "train" or not self._by_files}
+        if all(part["done"] for part in mine.values()):
+            return
+        first = min(part["block"] for part in mine.values())
+        with Spool(self._partial.spool, state["spool"], state["rows"]) as spool:
+            rows = 0
+            blocks = ordered_map(
+                lambda item: _assembled(encoder, item, mine), spool.blocks(first), self._passes.workers
+            )
+            for number, (count, blocks_of) in enumerate(blocks, first):
+                rows += count
+                self._write(number, blocks_of)
+                self._passes.progress("encode", rows, rows * spool.bytes // spool.rows, spool.bytes)
+        for part in mine:
+            self._finish(part)
+
+    def _encode_files(self, encoder: Encoder, part: Part) -> None:
+        """Writes the rows of a part that has files of its own, and was not read yet."""
+        if part not in self._writers or self._state["parts"][part]["done"]:
+            return
+        mine = self._state["parts"][part]
+        self._rejects.resume(*mine.get("rejects", self._state["rejects"]))
+
+        def work(block: RawBlock, parts: Parts) -> EncodedBlock:
+            return encoder.assemble(self._passes.parse(block, None))
+
+        first = mine["block"]
+        for number, (block, _) in enumerate(self._passes.run("encode", part, None, work, skip=first), first):
+            self._write(number, {part: block})
+        self._state["rejects"] = self._rejects.sync()
+        self._finish(part)
+
+    def _write(self, number: int, blocks: dict[Part, EncodedBlock]) -> None:
+        """Writes what a block of the log gave for each part, unless that was written before."""
+        for part, block in blocks.items():
+            mine = self._state["parts"][part]
+            if number >= mine["block"] and self._writers[part].write(block):
+                mine.update(files=self._writers[part].files.copy(), block=number + 1)
+                if self._by_files and part != "train":
+                    mine["rejects"] = self._rejects.sync()
+        if self._due():
+            self._save()
+
+    def _finish(self, part: Part) -> None:
+        self._writers[part].finish()
+        self._state["parts"][part].update(files=self._writers[part].files.copy(), done=True)
+        if self._long():
+            self._save()
+
+    def _save(self, **state: Any) -> None:
+        for part, facts in self._state["parts"].items():
+            self._state["crc32"] |= {f"{part}/{file['name']}": file["crc32"] for file in facts["files"]}
+        self._partial.save(**state)
+        self._noted = time.monotonic()
+
+    def _due(self) -> bool:
+        """Whether it is time to note what was done."""
+        now = time.monotonic()
+        return now - self._noted >= max(CHECKPOINT_SECONDS, _CHECKPOINT_SHARE * (now - self._started))
+
+    def _long(self) -> bool:
+        """Whether the work has taken so long that it would be a pity to lose it."""
+        return self._partial.saved or time.monotonic() - self._started >= CHECKPOINT_SECONDS
 
 
-class LogPasses:
-    """The passes over one log.
+def _assembled(encoder: Encoder, item: Item, parts: Iterable[Part]) -> tuple[int, dict[Part, EncodedBlock]]:
+    """A block's rows, encoded, by part."""
+    parsed, part_of = item
+    whole = encoder.assemble(parsed)
+    if len(set(parts)) == 1 and not part_of.any():
+        return parsed.rows, {"train": whole}
+    rows = {part: rows_of(part_of, PARTS.index(part)) for part in parts}
+    return parsed.rows, {part: whole if of is None else whole.select(of) for part, of in rows.items()}
 
-    Args:
-        config: its ``data`` and ``schema`` parts are read.
-        progress: called after each block.
+
+def _reusable(folder: Path, key: dict[str, Any]) -> EncodedData | None:
+    """What the folder holds, if that is what was asked for and undamaged.
 
     Raises:
-        UserError: a file is missing.
+        UserError: it holds something else than a preparation.
     """
-
-    def __init__(self, config: Config, progress: Progress | None = None) -> None:
-        self._schema = config.log_schema
-        self._data = config.data
-        self.files = _files_of(config.data)
-        self._progress = progress or (lambda *_: None)
-        self.fingerprint: dict[str, Any] = {}
-
-    def wanted(self, part: Part) -> bool:
-        """Whether the split gives a part any rows; a share of 0 leaves it out."""
-        split = self._data.split
-        if isinstance(split, FilesSplit):
-            return bool(self.files[part])
-        return part == "train" or isinstance(split, ColumnSplit) or getattr(split, part) > 0
-
-    def write(self, folder: Path, fitter: Fitter) -> None:
-        """Fits, encodes and writes: the encoder, and a folder of rows a part."""
-        rule = self.rule(folder)
-        with ExitStack() as stack:
-            spool = stack.enter_context(Spool(folder))
-            fitted = self.fit(rule, fitter, spool.add)
-            fitted.save(folder / "encoder")
-            writers = {
-                number: stack.enter_context(ShardWriter(folder / part, fitted.layout))
-                for number, part in enumerate(PARTS)
-                if self.wanted(part)
-            }
-            for block, parts in self._encoded(fitted, rule, spool):
-                for number, writer in writers.items():
-                    rows = parts == number
-                    writer.write(block if rows.all() else block.select(rows))
-
-    def _encoded(
-        self, fitted: Encoder, rule: Rule | None, spool: Spool
-    ) -> Iterator[tuple[EncodedBlock, Parts]]:
-        """Every row of the log, encoded: those that the fit read from the spool, others from their files."""
-        rows = 0
-        for block, parts in ordered_map(lambda job: (fitted.assemble(job[0]), job[1]), spool):
-            yield block, parts
-            rows += len(block)
-            self._progress("encode", rows, rows * spool.bytes // spool.rows, spool.bytes)
-        for part in PARTS[1:]:
-            yield from self.run("encode", part, rule, lambda raw: fitted.assemble(self._parse(raw)))
-
-    def rule(self, folder: Path) -> Rule | None:
-        """What says which part a row belongs to; None where each part has files of its own.
-
-        Args:
-            folder: for a temporary file of times.
-        """
-        split = self._data.split
-        if isinstance(split, FilesSplit):
-            return None
-        if isinstance(split, ColumnSplit):
-            return ColumnRule(split)
-        if split.valid + split.test >= 1:
-            raise UserError(
-                f"data.split: valid {split.valid:g} and test {split.test:g} leave no rows for training; lower them"
-            )
-        if isinstance(split, HashSplit):
-            return HashRule(split)
-        if isinstance(split, OrderSplit):
-            column = self._schema.labels[0].log_column
-            rows = sum(len(block) for block in self._blocks("count rows", "train", [column]))
-            return order_rule(split, rows)
-        if self._schema.time is None:
-            raise UserError("data.split goes by time, but schema.time names no column; name it")
-        times = TimesOnDisk(folder)
-        try:
-            for block in self._blocks("find times", "train", [self._schema.time]):
-                times.add(row_times(block, self._schema.time))
-            return times.rule(split, self._schema.time)
-        finally:
-            times.close()
-
-    def fit(self, rule: Rule | None, fitter: Fitter | None = None, watch: Watch | None = None) -> Encoder:
-        """Fits on the training rows.
-
-        Args:
-            rule: what :meth:`rule` gave.
-            fitter: what to fit; a new one by default.
-            watch: shown every block that is read, and the part of each of its rows.
-        """
-        fitter = fitter or Fitter(self._schema)
-        counts = np.zeros(LEFT_OUT + 1, np.int64)
-        for parsed, parts in self.run("fit", "train", rule, self._parse):
-            counts += np.bincount(parts, minlength=len(counts))
-            train = parts == TRAIN
-            fitter.update(parsed, None if train.all() else np.flatnonzero(train))
-            if watch is not None:
-                watch(parsed, parts)
-        for number, part in enumerate(PARTS):
-            if rule is not None and not counts[number] and self.wanted(part):
-                raise UserError(f"data.split leaves no {part} rows, of {counts.sum()}: {rule.remedy(part)}")
-        return fitter.finish()
-
-    def _parse(self, block: RawBlock) -> ParsedBlock:
-        return parse(self._schema, block)
-
-    def run(
-        self, stage: str, part: Part, rule: Rule | None, work: Callable[[RawBlock], Out]
-    ) -> Iterator[tuple[Out, Parts]]:
-        """What ``work`` makes of each block, done by threads, in order; and the part of each of its rows."""
-        columns = [*self._schema.columns(), *(rule.columns if rule is not None else ())]
-
-        def jobs() -> Iterator[tuple[RawBlock, Parts]]:
-            row = 0
-            for block in self._blocks(stage, part, columns):
-                given = np.full(len(block), PARTS.index(part), np.int8)
-                yield block, given if rule is None else rule.parts(block, row)
-                row += len(block)
-
-        return ordered_map(lambda job: (work(job[0]), job[1]), jobs())
-
-    def _blocks(self, stage: str, part: Part, columns: list[str]) -> Iterator[RawBlock]:
-        if not self.files[part]:
-            return
-        whole = stage in ("fit", "encode")
-        reader = LogReader(self.files[part], self._data, digests=whole)
-        rows = 0
-        for block in ahead(reader.blocks(list(dict.fromkeys(columns)))):
-            yield block
-            rows += len(block)
-            self._progress(stage, rows, reader.bytes_done, reader.bytes_total)
-        if whole:
-            for path, size in zip(reader.files, reader.sizes, strict=True):
-                self.fingerprint[str(path)] = {"bytes": size, "blake2b": reader.digests[str(path)]}
-
-
-def _files_of(data: DataConfig) -> dict[Part, list[Path]]:
-    """The files of each part; where a rule splits the log, all are the training part's."""
-    if not data.train:
-        raise UserError("data.train names no file; give the log's files there")
-    if isinstance(data.split, FilesSplit):
-        return {"train": expand(data.train), "valid": _expanded(data.valid), "test": _expanded(data.test)}
-    for name, files in (("valid", data.valid), ("test", data.test)):
-        if files:
-            raise UserError(
-                f"data.{name} names files, but data.split is {data.split.kind!r}; set its kind to files"
-            )
-    return {"train": expand(data.train), "valid": [], "test": []}
-
-
-def _expanded(files: tuple[str, ...]) -> list[Path]:
-    return expand(files) if files else []
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not (folder / _FILE).is_file():
+        raise UserError(f"{folder}: holds something else than encoded rows; name another folder")
+    found = read_sealed(folder / _FILE)
+    # Damaged rows are encoded again, not mourned.
+    with contextlib.suppress(UserError, OSError):
+        if found.get("key") == key:
+            return _open(folder, found, reused=True)
+    return None
 
 
 def _key(config: Config, files: dict[Part, list[Path]]) -> dict[str, Any]:
@@ -301,27 +334,6 @@ def _key(config: Config, files: dict[Part, list[Path]]) -> dict[str, Any]:
     }
 
 
-def _prepared(folder: Path) -> dict[str, Any]:
-    """What an earlier preparation noted in the folder.
-
-    Raises:
-        UserError: the folder is no preparation's.
-    """
-    path = folder / _FILE
-    if not path.is_file():
-        raise UserError(f"{folder}: holds something else than encoded rows; name another folder")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) and found.pop("seal", None) == _seal(found) else {}
-
-
-def _seal(found: dict[str, Any]) -> str:
-    """A checksum of what was noted."""
-    return f"{zlib.crc32(json.dumps(found, sort_keys=True).encode()):08x}"
-
-
 def _open(folder: Path, found: dict[str, Any], *, reused: bool) -> EncodedData:
     if reused:
         for name, expected in found["crc32"].items():
@@ -335,7 +347,8 @@ def _open(folder: Path, found: dict[str, Any], *, reused: bool) -> EncodedData:
         train=rows["train"],
         valid=rows.get("valid"),
         test=rows.get("test"),
-        encoder=encoder.Encoder.load(folder / "encoder"),
+        encoder=Encoder.load(folder / "encoder", check=reused),
         fingerprint=found["fingerprint"],
         reused=reused,
+        rejected=found["rejected"],
     )

@@ -1,7 +1,7 @@
 """Streams a log (CSV, TSV or Parquet; plain, gzip or zstd; one file or many) as blocks of bounded size.
 
 Text is never guessed at: the columns of a text log come as strings, those of a Parquet log in their own types.
-Memory holds one read buffer and one block of rows: at most ``data.block_rows`` of them, and some 64 MiB.
+Memory holds one read buffer and one block of rows: at most ``data.block_rows`` of them, and some 16 MiB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mldcn.errors import UserError
 Format = Literal["csv", "tsv", "parquet"]
 
 # A block that has reached so many bytes takes no more rows.
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 16 << 20
 _FORMATS: dict[str, Format] = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet"}
 _ENDINGS = (".gz", ".zst")
 

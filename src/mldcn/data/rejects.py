@@ -89,7 +89,7 @@ class RejectsFile:
                 file = self._opened.enter_context(temporary.open("w", encoding="utf-8", newline=""))
                 self._writer = csv.writer(file, lineterminator="\n")
                 self._writer.writerow(HEADER)
-            self._writer.writerow([_one_line(str(field)) for field in reject])
+            self._writer.writerow(line(reject))
 
     def refuse_all(self, good_rows: int) -> None:
         """Refuses a log of which no row is left.
@@ -112,6 +112,11 @@ def shown(value: object) -> str:
     else:
         text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def line(reject: Reject) -> list[str]:
+    """The cells of a reject's line in a rejects file."""
+    return [_one_line(str(field)) for field in reject]
 
 
 def _one_line(text: str) -> str:

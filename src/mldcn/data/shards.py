@@ -15,7 +15,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,23 +57,22 @@ def _widths(layout: EncodedLayout) -> dict[str, int]:
     return {"ids": layout.num_id_columns, "dense": layout.num_dense_columns, "labels": len(layout.tasks)}
 
 
-class ShardWriter:
-    """Writes encoded blocks into a folder that appears only when all is written and flushed.
-
-    Use it as a context manager; when the block ends with an error, nothing is left behind.
+class ShardFiles:
+    """Writes encoded blocks into files of a folder.
 
     Args:
-        folder: the folder to make; one that is there already is replaced.
+        folder: the folder; it is made if need be.
         layout: what the columns are.
+        files: what an earlier writer of the same rows had finished, as :attr:`files` told; go on behind them.
     """
 
-    def __init__(self, folder: str | Path, layout: EncodedLayout) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: Path, layout: EncodedLayout, files: Sequence[dict[str, Any]] = ()) -> None:
+        self._folder = folder
         self._layout = layout
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.", dir=self._folder.parent))
-        self._temporary.chmod(0o755)
-        self._files: list[dict[str, Any]] = []
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The finished ones, as the manifest describes them.
+        self.files: list[dict[str, Any]] = list(files)
+        self._blocks: list[int] = []
         self._sink: _Checked | None = None
         self._writer: Any = None
         self._widths = _widths(layout)
@@ -87,6 +85,67 @@ class ShardWriter:
             ]
         )
 
+    def write(self, block: EncodedBlock) -> bool:
+        """Appends rows; says whether a file was finished with them."""
+        if not len(block):
+            return False
+        if self._sink is None:
+            self._sink = _Checked(self._folder / f"rows-{len(self.files):05}.arrow")
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
+        arrays = []
+        for field in self._schema:
+            flat = pa.array(np.ascontiguousarray(getattr(block, field.name)).ravel(), _TYPES[field.name])
+            wide = field.name in _MATRICES
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, self._widths[field.name]) if wide else flat)
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._blocks.append(len(block))
+        if sum(self._blocks) < FILE_ROWS:
+            return False
+        self._end_file()
+        return True
+
+    def finish(self) -> None:
+        """Writes what is left, and the manifest."""
+        self._end_file()
+        manifest = {
+            "format": FORMAT,
+            "rows": sum(sum(file["blocks"]) for file in self.files),
+            "layout": self._layout.to_json(),
+            "files": self.files,
+        }
+        write_text(self._folder / _MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Gives an unfinished file back."""
+        if self._sink is not None:
+            self._sink.close()
+
+    def _end_file(self) -> None:
+        if self._sink is None:
+            return
+        self._writer.close()
+        self._sink.close()
+        facts = {"bytes": self._sink.bytes, "crc32": f"{self._sink.crc:08x}"}
+        self.files.append({"name": self._sink.name, "blocks": self._blocks, **facts})
+        self._sink, self._blocks = None, []
+
+
+class ShardWriter:
+    """Writes encoded blocks into a folder that appears only when all is written and flushed.
+
+    Use it as a context manager; when the block ends with an error, nothing is left behind.
+
+    Args:
+        folder: the folder to make; one that is there already is replaced.
+        layout: what the columns are.
+    """
+
+    def __init__(self, folder: str | Path, layout: EncodedLayout) -> None:
+        self._folder = Path(folder)
+        self._temporary = self._folder.with_name(f".{self._folder.name}.partial")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._files = ShardFiles(self._temporary, layout)
+
     def __enter__(self) -> ShardWriter:
         return self
 
@@ -96,53 +155,24 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            if self._sink is not None:
-                self._sink.close()
+            self._files.close()
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def write(self, block: EncodedBlock) -> None:
         """Appends rows."""
-        if not len(block):
-            return
-        if self._sink is None:
-            name = f"rows-{len(self._files):05}.arrow"
-            self._sink = _Checked(self._temporary / name)
-            self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
-            self._files.append({"name": name, "blocks": []})
-        arrays = []
-        for field in self._schema:
-            flat = pa.array(np.ascontiguousarray(getattr(block, field.name)).ravel(), _TYPES[field.name])
-            wide = field.name in _MATRICES
-            arrays.append(pa.FixedSizeListArray.from_arrays(flat, self._widths[field.name]) if wide else flat)
-        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._files[-1]["blocks"].append(len(block))
-        if sum(self._files[-1]["blocks"]) >= FILE_ROWS:
-            self._end_file()
+        self._files.write(block)
 
     def close(self) -> None:
         """Flushes everything and gives the folder its name."""
-        self._end_file()
-        manifest = {
-            "format": FORMAT,
-            "rows": sum(sum(file["blocks"]) for file in self._files),
-            "layout": self._layout.to_json(),
-            "files": self._files,
-        }
-        write_text(self._temporary / _MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        self._files.finish()
         replace_folder(self._temporary, self._folder)
-
-    def _end_file(self) -> None:
-        if self._sink is not None:
-            self._writer.close()
-            self._sink.close()
-            self._files[-1] |= {"bytes": self._sink.bytes, "crc32": f"{self._sink.crc:08x}"}
-            self._sink = None
 
 
 class _Checked(io.RawIOBase):
     """A file being written, with its size and checksum."""
 
     def __init__(self, path: Path) -> None:
+        self.name = path.name
         self._file = path.open("wb")
         self.crc = 0
         self.bytes = 0
@@ -166,14 +196,13 @@ class _Checked(io.RawIOBase):
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Gives a finished folder its name; what had the name before is removed."""
     sync_folder(temporary)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-        folder.rename(old / folder.name)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
+        folder.rename(old)
+    temporary.rename(folder)
     sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class EncodedRows:

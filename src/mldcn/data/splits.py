@@ -90,6 +90,11 @@ class ThresholdRule:
         self.columns: tuple[str, ...] = () if time is None else (time,)
         self._valid_from, self._test_from = valid_from, test_from
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Where validation and test rows begin."""
+        return self._valid_from, self._test_from
+
     def parts(self, block: RawBlock, first: int) -> Parts:
         """The part of each row, ``(n,)``; ``first`` is the number of the first one in the whole log, from 0."""
         at = row_times(block, self.columns[0]) if self.columns else first + block.positions()

@@ -7,6 +7,7 @@ uniform sample of rows that depends on the row's number only, not on how the log
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,6 +74,15 @@ class RowSample:
         if len(self._values) > 2 * self._size:
             self._shrink()
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that was seen, as arrays."""
+        return {"priorities": self._priorities, "values": self._values, "limit": np.array([self._limit])}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """The inverse of :meth:`state`."""
+        self._priorities, self._values = state["priorities"], state["values"]
+        self._limit = np.uint64(state["limit"][0])
+
     def values(self) -> Floats:
         """The sample, sorted."""
         self._shrink()
@@ -123,8 +133,11 @@ class FittedNumeric:
         result -= self.shift
         result /= self.scale
         np.clip(result, -LARGEST, LARGEST, out=result)
-        columns = [result, missing] if self.indicator else [result]
-        return np.stack(columns, axis=1).astype(np.float32)
+        encoded = np.empty((len(values), self.width), np.float32)
+        encoded[:, 0] = result
+        if self.indicator:
+            encoded[:, 1] = missing
+        return encoded
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -134,6 +147,16 @@ class FittedNumeric:
     def from_json(cls, raw: dict[str, Any]) -> FittedNumeric:
         """The inverse of :meth:`to_json`."""
         return cls(**{**raw, "grid": tuple(raw["grid"]), "ranks": tuple(raw["ranks"])})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a numeric fitter takes of some rows: the values where it samples them, else their moments."""
+
+    values: Floats | None
+    moments: Moments
+    clipped: int
+    low: float
 
 
 class NumericFitter:
@@ -146,18 +169,45 @@ class NumericFitter:
         self._clipped = 0
         self._low = math.inf
 
-    def update(self, values: Floats, priorities: Keys) -> None:
-        """Takes in training rows, ``(n,)``, NaN where missing."""
+    def measure(self, values: Floats) -> Measured:
+        """What :meth:`add` needs of training rows, ``(n,)``, NaN where missing. Changes nothing."""
         if self._sample is not None:
-            self._sample.update(values, priorities)
-            return
+            return Measured(values, Moments(), 0, math.inf)
+        clipped, low = 0, math.inf
         values = values[~np.isnan(values)]
         if self._feature.transform == "log":
             inside = values[values > -self._feature.offset]
-            self._clipped += len(values) - len(inside)
-            values = inside
-            self._low = min(self._low, float(values.min(initial=math.inf)))
-        self._moments.update(_transformed(values, self._feature.transform, self._feature.offset, None))
+            clipped, values = len(values) - len(inside), inside
+            low = float(values.min(initial=math.inf))
+        moments = Moments()
+        moments.update(_transformed(values, self._feature.transform, self._feature.offset, None))
+        return Measured(None, moments, clipped, low)
+
+    def add(self, measured: Measured, priorities: Keys) -> None:
+        """Takes in training rows; the result depends on their order in the last digits."""
+        if self._sample is not None and measured.values is not None:
+            self._sample.update(measured.values, priorities)
+        self._moments.merge(measured.moments)
+        self._clipped += measured.clipped
+        self._low = min(self._low, measured.low)
+
+    def update(self, values: Floats, priorities: Keys) -> None:
+        """Both at once."""
+        self.add(self.measure(values), priorities)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that was seen, as arrays."""
+        facts = [self._moments.count, self._moments.mean, self._moments.squares, self._clipped, self._low]
+        sample = self._sample.state() if self._sample is not None else {}
+        return {"facts": np.array(facts, np.float64), **sample}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """The inverse of :meth:`state`."""
+        count, mean, squares, clipped, low = state["facts"].tolist()
+        self._moments = Moments(int(count), mean, squares)
+        self._clipped, self._low = int(clipped), low
+        if self._sample is not None:
+            self._sample.restore(state)
 
     def finish(self) -> FittedNumeric:
         """The fitted transform.

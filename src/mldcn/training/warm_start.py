@@ -24,7 +24,8 @@ from torch import Tensor
 from mldcn import interactions
 from mldcn.config import Config, ModelConfig, load_config
 from mldcn.data.batch import EncodedLayout
-from mldcn.data.encoder import Encoder, Statistics
+from mldcn.data.encoder import Encoder
+from mldcn.data.fitting import Statistics
 from mldcn.embedding.embedder import table_widths
 from mldcn.errors import UserError
 from mldcn.model import Ranker, save_tensors

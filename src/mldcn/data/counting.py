@@ -1,0 +1,268 @@
+"""Counting ids block by block, and ranking them by falling count: in memory, or with sorted runs on disk.
+
+A run holds the ids that a builder had counted when it was flushed, sorted by key. At the end the runs are merged
+by ranges of keys, and what comes out is ranked by a sample sort (sorted runs, cut at sampled splitters).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mldcn.data.batch import RESERVED_ROWS
+from mldcn.data.hashing import NO_KEY, Keys
+from mldcn.data.vocabulary import KeyIndex, Vocabulary, VocabularyWriter
+from mldcn.run import atomic
+
+# Keys that the builder does not know yet are merged once there are this many, or a quarter of the known ones.
+_MERGE_AT = 65_536
+# What an id takes beside its text: key, count, place, index, and their copies while they are merged.
+_ID_BYTES = 80
+_BATCH = 1 << 17
+_SAMPLES = 64
+_SCHEMA = pa.schema([("key", pa.uint64()), ("count", pa.int64()), ("value", pa.large_string())])
+_ORDER = [("count", "descending"), ("value", "ascending")]
+
+
+class VocabularyBuilder:
+    """Counts ids. Memory grows with the number of distinct ids since the last flush, not with the log."""
+
+    def __init__(self) -> None:
+        self.runs: list[Path] = []
+        self._distinct: int | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._keys = np.zeros(0, np.uint64)
+        self._counts = np.zeros(0, np.int64)
+        # Where in ``_texts``, end to end, each id's text stands.
+        self._at = np.zeros(0, np.int64)
+        self._texts: list[pa.Array] = []
+        self._new: list[tuple[Keys, NDArray[np.int64], pa.Array]] = []
+        self._new_size = self._text_bytes = 0
+        self._index = KeyIndex(self._keys)
+
+    def __len__(self) -> int:
+        """Distinct ids seen; after a flush it is known only when the vocabulary is finished."""
+        self._merge()
+        return len(self._keys) if self._distinct is None else self._distinct
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the counted ids take, and that merging them may take."""
+        return (len(self._keys) + self._new_size) * _ID_BYTES + self._text_bytes
+
+    def update(self, keys: Keys, counts: NDArray[np.int64], texts: pa.Array) -> None:
+        """Counts some ids; missing ones are left out.
+
+        Args:
+            keys: distinct, ``(d,)``.
+            counts: how often each was seen; those seen 0 times are left out.
+            texts: the texts they stand for, ``(d,)``.
+        """
+        places = self._index.find(keys)
+        known = places >= 0
+        self._counts[places[known]] += counts[known]
+        new = np.flatnonzero(~known & (counts > 0) & (keys != NO_KEY))
+        if not len(new):
+            return
+        values = texts.take(pa.array(new)).cast(pa.large_string())
+        self._new.append((keys[new], counts[new].astype(np.int64), values))
+        self._new_size += len(new)
+        self._text_bytes += values.nbytes
+        if self._new_size >= max(_MERGE_AT, len(self._keys) // 4):
+            self._merge()
+
+    def flush(self, path: Path) -> None:
+        """Moves what was counted to a file."""
+        self._merge()
+        table = self._table(np.arange(len(self._keys)))
+        with atomic(path) as temporary:
+            _write_run(temporary, table)
+        self.runs.append(path)
+        self._clear()
+
+    def finish(
+        self,
+        min_count: int,
+        max_size: int | None,
+        base: Vocabulary | None = None,
+        *,
+        path: Path | None = None,
+        memory: int = 1 << 40,
+    ) -> Vocabulary:
+        """The vocabulary: ids by falling count, then by value.
+
+        Args:
+            min_count: ids seen fewer times get no row.
+            max_size: only so many ids.
+            base: its ids keep their rows, however often they were seen now; new ones follow.
+            path: the file to write; by default one that goes with the object.
+            memory: bytes that this may take.
+        """
+        if path is None:
+            with tempfile.TemporaryDirectory(prefix="mldcn-") as folder:
+                made = self.finish(min_count, max_size, base, path=Path(folder) / "ids", memory=memory)
+                made.detach()
+                return made
+        room = max_size
+        if base is not None and max_size is not None:
+            room = max(max_size - len(base.counts), 0)
+        with VocabularyWriter(path, memory, base) as writer:
+            for table in self._ranked(min_count if base is None else 1, memory, path):
+                keys, counts = table["key"].to_numpy(), table["count"].to_numpy()
+                new = np.arange(len(keys))
+                if base is not None:
+                    rows = base.lookup(keys)
+                    old = np.flatnonzero(rows >= RESERVED_ROWS)
+                    writer.count_base(rows[old].astype(np.int64), counts[old])
+                    new = np.flatnonzero((rows < RESERVED_ROWS) & (counts >= min_count))
+                new = new[:room]
+                room = None if room is None else room - len(new)
+                writer.add(table["value"].take(pa.array(new)).combine_chunks(), keys[new], counts[new])
+                if room == 0 and base is None:
+                    break
+        return Vocabulary.load(path)
+
+    def _ranked(self, min_count: int, memory: int, path: Path) -> Iterator[pa.Table]:
+        """Tables of key, count and value: ids seen often enough, by falling count, then by value."""
+        self._reload(memory)
+        last = path.with_name(f"{path.name}.last-run")
+        if not self.runs:
+            self._merge()
+            self._distinct = len(self._keys)
+            kept = np.flatnonzero(self._counts >= min_count)
+            table = self._table(kept)
+            self._clear()
+            order = pc.sort_indices(table.select(["count", "value"]), sort_keys=_ORDER)
+            for start in range(0, len(order), _BATCH):
+                yield table.take(order.slice(start, _BATCH))
+            return
+        if len(self._keys) or self._new:
+            self.flush(last)
+        self._distinct = 0
+        runs: list[Path] = []
+        try:
+            for number, table in enumerate(_grouped([_read_run(run) for run in self.runs], memory)):
+                self._distinct += table.num_rows
+                table = table.filter(pc.greater_equal(table["count"], min_count))
+                runs.append(path.with_name(f"{path.name}.ranked-{number}"))
+                _write_run(runs[-1], table.sort_by(_ORDER))
+            yield from _merged([_read_run(run) for run in runs], memory)
+        finally:
+            for run in (*runs, last):
+                run.unlink(missing_ok=True)
+
+    def _reload(self, memory: int) -> None:
+        """Takes runs back into memory where they fit."""
+        tables = [_read_run(run) for run in self.runs]
+        needed = self.bytes + sum(table.nbytes + table.num_rows * _ID_BYTES for table in tables)
+        if needed * 2 > memory:
+            return
+        for table in tables:
+            for batch in table.to_batches(_BATCH):
+                self.update(batch["key"].to_numpy(), batch["count"].to_numpy(), batch["value"])
+        self.runs = []
+
+    def _table(self, places: NDArray[np.int64]) -> pa.Table:
+        texts = pa.concat_arrays(self._texts) if self._texts else pa.array([], pa.large_string())
+        values = texts.take(pa.array(self._at[places]))
+        return pa.table([self._keys[places], self._counts[places], values], schema=_SCHEMA)
+
+    def _merge(self) -> None:
+        if not self._new:
+            return
+        firsts = np.cumsum([0, *(len(texts) for texts in self._texts)])[-1]
+        new_keys = np.concatenate([part[0] for part in self._new])
+        keys = np.concatenate([self._keys, new_keys])
+        counts = np.concatenate([self._counts, *(part[1] for part in self._new)])
+        at = np.concatenate([self._at, firsts + np.arange(len(new_keys))])
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        begins = _begins(keys)
+        self._keys = keys[begins]
+        self._counts = np.add.reduceat(counts[order], begins)
+        self._at = at[order[begins]]
+        self._texts += [part[2] for part in self._new]
+        self._new, self._new_size = [], 0
+        self._index = KeyIndex(self._keys)
+
+
+def _begins(keys: Keys) -> NDArray[np.int64]:
+    """Where each distinct key begins among sorted keys."""
+    return np.flatnonzero(np.append(np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1]))
+
+
+def _write_run(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def _read_run(path: Path) -> pa.Table:
+    """A run, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+
+
+def _grouped(runs: Sequence[pa.Table], memory: int) -> Iterator[pa.Table]:
+    """The runs' ids with their counts summed, a range of keys at a time: keys are uniform, so ranges are alike."""
+    total = sum(run.nbytes + run.num_rows * _ID_BYTES for run in runs)
+    ranges = max(1, -(-2 * total // memory))
+    keys = [run["key"].chunk(0).to_numpy() if run.num_rows else np.zeros(0, np.uint64) for run in runs]
+    starts = [0] * len(runs)
+    for number in range(ranges):
+        last = np.uint64(2**64 * (number + 1) // ranges - 1)
+        stops = [int(np.searchsorted(run, last, side="right")) for run in keys]
+        parts = [run.slice(a, b - a) for run, a, b in zip(runs, starts, stops, strict=True)]
+        table = pa.concat_tables(parts).combine_chunks()
+        starts = stops
+        if not table.num_rows:
+            continue
+        joined = table["key"].to_numpy()
+        order = np.argsort(joined, kind="stable")
+        joined = joined[order]
+        begins = _begins(joined)
+        counts = np.add.reduceat(table["count"].to_numpy()[order], begins)
+        values = table["value"].take(pa.array(order[begins]))
+        yield pa.table([joined[begins], counts, values], schema=_SCHEMA)
+
+
+def _merged(runs: Sequence[pa.Table], memory: int) -> Iterator[pa.Table]:
+    """Ranked runs as one ranked stream."""
+    total = sum(run.nbytes + run.num_rows * _ID_BYTES for run in runs)
+    pieces = max(1, -(-2 * total // memory))
+    ranked = [_Ranked(run) for run in runs]
+    samples = sorted(
+        run[len(run) * i // _SAMPLES] for run in ranked if len(run) for i in range(min(_SAMPLES, len(run)))
+    )
+    splitters = [samples[len(samples) * i // pieces] for i in range(1, pieces)] if samples else []
+    starts = [0] * len(runs)
+    for splitter in [*splitters, None]:
+        stops = [len(run) if splitter is None else bisect_left(run, splitter) for run in ranked]
+        parts = [run.slice(a, b - a) for run, a, b in zip(runs, starts, stops, strict=True)]
+        starts = stops
+        if parts:
+            table = pa.concat_tables(parts)
+            order = pc.sort_indices(table.select(["count", "value"]), sort_keys=_ORDER)
+            for start in range(0, len(order), _BATCH):
+                yield table.take(order.slice(start, _BATCH))
+
+
+class _Ranked(Sequence[Any]):
+    """A ranked run as a sequence that rises: of the negative count and the value's bytes."""
+
+    def __init__(self, run: pa.Table) -> None:
+        self._counts, self._values = run["count"], run["value"]
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return -self._counts[index].as_py(), self._values[index].as_py().encode()
