@@ -67,7 +67,10 @@ def main() -> None:
         # Whoever read the output has seen enough; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        from mldcn.run import no_room
+
+        remedy = "; free some space and run the command again" if no_room(error) else ""
+        fail(f"{error.filename or 'system'}: {error.strerror or error}{remedy}")
     except Exception as error:
         fail(f"internal error, {type(error).__name__}: {error}; please report what --traceback shows")
 

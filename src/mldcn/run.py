@@ -275,20 +275,47 @@ def atomic(path: Path) -> Iterator[Path]:
     What a killed writer of the same ``path`` left beside it is removed first. Nobody else's temporary is: each
     writer holds a lock on its own, which the kernel lets go when the process dies.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMPORARY}"):
-        if _STALE.fullmatch(left.name.removeprefix(f".{path.name}")):
-            _sweep(left)
-    temporary, handle = _temporary(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMPORARY}"):
+            if _STALE.fullmatch(left.name.removeprefix(f".{path.name}")):
+                _sweep(left)
+        temporary, handle = _temporary(path)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside the block a disk that is full is an error that names the file to be written and the remedy.
+
+    Raises:
+        UserError: the disk, a quota or the largest size of a file is used up.
+    """
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(handle)
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not no_room(error):
+            raise
+        raise UserError(
+            f"{path}: cannot be written, the disk is full (or a quota used up); free some space and run the "
+            "command again"
+        ) from None
+
+
+def no_room(error: Exception) -> bool:
+    """Whether an error says that a disk is full. Some libraries pass on the system's words, not its number."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    return any(os.strerror(number) in str(error) for number in numbers)
 
 
 _TEMPORARY = ".tmp"
@@ -354,8 +381,9 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             break
         os.close(handle)  # the holder before us took its file away
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # on a full disk the lock holds, it only cannot say whose it is
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
         _HELD.add(key)
         yield
     finally:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mldcn.errors import UserError
 from mldcn.metrics.rows import Array
+from mldcn.run import writing
 
 # The fewest rows read of a run at a time: below this a merge would be all overhead.
 _LEAST_READ = 1024
@@ -31,18 +32,17 @@ class ExternalSort:
         """Writes ``(n,)`` structured rows as one sorted run.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or the disk is full.
         """
         if not len(rows):
             return
         path = self._folder / f"run-{len(self._runs):05d}.rows"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            rows[np.argsort(rows["key"], kind="stable")].tofile(path)
+            with writing(path):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(rows[np.argsort(rows["key"], kind="stable")].view(np.uint8).data)
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot keep rows to sort ({error.strerror or error}); name a workdir with room"
-            ) from None
+            raise UserError(f"{path}: cannot keep rows to sort ({error}); name a workdir with room") from None
         self._dtype = rows.dtype
         self._runs.append((path, len(rows)))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mldcn.errors import UserError
-from mldcn.run import write_text
+from mldcn.run import write_text, writing
 
 
 class History:
@@ -25,7 +25,7 @@ class History:
 
     def add(self, line: dict[str, Any]) -> None:
         """Appends a line and flushes it to the disk."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
