@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import yaml
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from mldcn.config import Config, parse
+from mldcn.config import Config, dump_config, parse
 from mldcn.data.prepare import prepare
 from mldcn.errors import UserError
 from mldcn.predict import Predictor
-from mldcn.run import RunFolder
+from mldcn.run import RunFolder, scratch
 from mldcn.schema import Schema
 
 
@@ -82,8 +83,8 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if name in table.column_names:
                 raise UserError(f"the table has a column {name!r} already; drop it, or leave y out")
             table = table.append_column(name, pa.array(np.asarray(y)))
-        folder = tempfile.TemporaryDirectory(prefix="mldcn-")
-        home = Path(folder.name)
+        stack = contextlib.ExitStack()
+        home = stack.enter_context(scratch("model"))
         log = home / "log.parquet"
         pyarrow.parquet.write_table(table, log)
         config = self._config(table, log, y is not None)
@@ -98,12 +99,12 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         data = prepare(config, home / "encoded", progress)
         if progress is not None:
             progress.close()
-        run = RunFolder.create(home / "run")
+        run = RunFolder.create(home / "run", dump_config(config))
         self.summary_ = fit(config, run, data, observers=observers)
         log.unlink()
         shutil.rmtree(home / "encoded")
         trained = self._adopt(Predictor.load(run.path))
-        self._folder = folder  # the folder of an earlier fit goes only now, and itself with the estimator
+        weakref.finalize(trained.predictor_, stack.close)  # the folder goes with the model that reads it
         return trained
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
