@@ -80,7 +80,7 @@ def write_sorted_logs(work: Path, rows: int) -> None:
 
 
 def config_of(work: Path, order: str, seed: int) -> Any:
-    """A small model of the click, trained for one epoch at a constant rate."""
+    """A small model of the click, trained for one epoch."""
     from mldcn.config import Config, parse
     from mldcn.datasets.pinads import pinads_config
 
@@ -107,7 +107,7 @@ def config_of(work: Path, order: str, seed: int) -> Any:
         "device": "cpu",
         "epochs": 1,
         "batch_size": BATCH,
-        "optimiser": {"lr": 0.002},
+        "optimiser": {"lr": 0.004, "schedule": "cosine"},
     }
     return parse(Config, raw, "shuffle")
 

@@ -73,7 +73,10 @@ class PredictionWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Puts the file in its place, or drops it after an error."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as problem:
+            kind, error = type(problem), problem
         self._atomic.__exit__(kind, error, trace)
 
 

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(Exception):
     """Something in the user's input is wrong; the message names the place and the remedy."""
+
+
+class DiskFullError(UserError):
+    """There is no room to write a file; with room again the same command goes on."""

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mldcn.errors import UserError
+from mldcn.errors import DiskFullError, UserError
 
 FORMAT = 1
 VERSIONED = "run.json"
@@ -297,14 +297,14 @@ def writing(path: Path) -> Iterator[None]:
     """Inside the block a disk that is full is an error that names the file to be written and the remedy.
 
     Raises:
-        UserError: the disk, a quota or the largest size of a file is used up.
+        DiskFullError: the disk, a quota or the largest size of a file is used up.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or not no_room(error):
             raise
-        raise UserError(
+        raise DiskFullError(
             f"{path}: cannot be written, the disk is full (or a quota used up); free some space and run the "
             "command again"
         ) from None

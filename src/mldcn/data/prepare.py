@@ -29,8 +29,8 @@ from mldcn.data.reading import RawBlock
 from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
 from mldcn.data.spool import Item, Spool, packed
-from mldcn.errors import UserError
-from mldcn.run import checksum, locked
+from mldcn.errors import DiskFullError, UserError
+from mldcn.run import checksum, locked, writing
 
 FORMAT = 2
 REJECTS = "rejects.csv"
@@ -95,7 +95,8 @@ def prepare(
             return found
         partial = folder.with_name(f"{folder.name}.partial")
         if read_sealed(partial / _FILE).get("key") != key:
-            _prepare(config, Partial(partial, key), progress, base, statistics)
+            with writing(partial):
+                _prepare(config, Partial(partial, key), progress, base, statistics)
         Partial.clean(partial)
         replace_folder(partial, folder)
         return _open(folder, read_sealed(folder / _FILE), reused=False)
@@ -110,7 +111,8 @@ def _prepare(
     except BaseException as error:
         preparation.close()
         # What was interrupted can go on; after a mistake in the log or the config there is nothing to go on with.
-        if isinstance(error, UserError) or not partial.saved:
+        mistaken = isinstance(error, UserError) and not isinstance(error, DiskFullError)
+        if mistaken or not partial.saved:
             shutil.rmtree(partial.folder, ignore_errors=True)
         raise
 

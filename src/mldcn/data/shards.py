@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from mldcn.data.batch import Batch, EncodedLayout
 from mldcn.data.encoder import EncodedBlock
 from mldcn.errors import UserError
-from mldcn.run import checksum, sync_folder, write_text
+from mldcn.run import checksum, sync_folder, write_text, writing
 
 FORMAT = 1
 CHUNK_ROWS = 4_096
@@ -173,6 +173,7 @@ class _Checked(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
+        self._path = path
         self._file = path.open("wb")
         self.crc = 0
         self.bytes = 0
@@ -183,13 +184,15 @@ class _Checked(io.RawIOBase):
     def write(self, data: Any) -> int:
         self.crc = zlib.crc32(data, self.crc)
         self.bytes += len(data)
-        return self._file.write(data)
+        with writing(self._path):
+            return self._file.write(data)
 
     def close(self) -> None:
         if not self.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with writing(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
         super().close()
 
 

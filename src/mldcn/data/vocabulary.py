@@ -7,6 +7,7 @@ probability 7e-5.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -219,7 +220,10 @@ class VocabularyWriter:
             kind, error = type(problem), problem
             raise
         finally:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as problem:
+                kind, error = type(problem), problem
             for column in self._columns.values():
                 column.close()
             self._atomic.__exit__(kind, error, trace)
@@ -303,7 +307,8 @@ class _Column:
 
     def close(self) -> None:
         """Gives the file back."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk has no room for is not needed any more
+            self._file.close()
 
 
 def _starts(keys: Keys) -> Iterator[Rows]:
