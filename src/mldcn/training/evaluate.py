@@ -61,7 +61,8 @@ def evaluate(
     serving position, or the old ranking would leak into the new one. The log's negative sampling is not
     corrected for here: its labels carry it too.
 
-    Memory does not grow with the rows: scores to be sorted beyond some millions go to the disk.
+    Memory does not grow with the rows: of scores to be sorted, what is beyond half of ``data.memory_mb`` goes
+    to the disk.
 
     Args:
         model: the model.
@@ -80,8 +81,11 @@ def evaluate(
     ranking: dict[str, Any] = {"hit_at": wanted.hit_at, "hit_by": hit_by, "gauc_by": gauc_by}
     # Without positions both probabilities are the same, and one stream measures everything.
     apart = model.position_bias is not None and gauc_by is not None
-    by_row = MetricStream(model.tasks, calibration_bins=wanted.calibration_bins, **({} if apart else ranking))
-    by_group = MetricStream(model.tasks, **ranking) if apart else None
+    memory: dict[str, Any] = {"memory_rows": _memory_rows(config, len(model.tasks), streams=1 + apart)}
+    by_row = MetricStream(
+        model.tasks, calibration_bins=wanted.calibration_bins, **memory, **({} if apart else ranking)
+    )
+    by_group = MetricStream(model.tasks, **memory, **ranking) if apart else None
     kept: list[tuple[Scores, Scores, Scores]] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(by_row)
@@ -119,6 +123,11 @@ def evaluate(
     }
     arrays = [np.concatenate(parts) for parts in zip(*kept, strict=True)] if kept else [None] * 3
     return Evaluation(metrics, reliability, *arrays)
+
+
+def _memory_rows(config: Config, tasks: int, *, streams: int) -> int:
+    """Rows that metrics may hold in memory: half of ``data.memory_mb`` is theirs, what they need is measured."""
+    return max(100_000, (config.data.memory_mb << 19) // ((110 + 30 * tasks) * streams))
 
 
 def score(
