@@ -44,6 +44,8 @@ class Partial:
     def save(self, **state: Any) -> None:
         """Notes what is done; what is in the folder must be flushed to disk already."""
         self.state |= state
+        sums, needed = self.state["crc32"], self._needed()
+        self.state["crc32"] = {n: sums[n] for n in sums if n in needed or not n.startswith(f"{_FIT}/")}
         write_sealed(self.folder / _STATE, self.state)
         self.saved = True
         self._sweep()
@@ -64,14 +66,16 @@ class Partial:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / _FIT, ignore_errors=True)
 
+    def _needed(self) -> set[str]:
+        """The fit's files that the state knows."""
+        return {str(self.state.get("fitter")), *(f"{_FIT}/{run}" for run in self.state.get("runs", ()))}
+
     def _sweep(self) -> None:
-        """Removes files of the fit that the state does not know, and forgets those that it no longer needs."""
-        needed = {self.state.get("fitter"), *(f"{_FIT}/{run}" for run in self.state.get("runs", ()))}
+        """Removes the others."""
+        needed = self._needed()
         for path in (self.folder / _FIT).rglob("*.*"):
             if str(path.relative_to(self.folder)) not in needed:
                 path.unlink()
-        sums = self.state["crc32"]
-        self.state["crc32"] = {n: sums[n] for n in sums if n in needed or not n.startswith(f"{_FIT}/")}
 
     def _whole(self) -> bool:
         try:
