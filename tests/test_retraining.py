@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mldcn import cli
+from mldcn import CTRModel, cli
 from mldcn.comparison import PredictionWriter, read_predictions
 from mldcn.errors import UserError
 from mldcn.predict import Predictor
@@ -175,6 +175,15 @@ def test_repeats_trains_copies_and_tells_how_far_they_differ(work, tmp_path, mon
     assert (tmp_path / "six" / "weights.safetensors").read_bytes() == runs[1].weights.read_bytes()
     with pytest.raises(UserError, match=r"seed-5: holds a copy of another config.*--force"):
         call(*arguments, "--set", "training.epochs=3")
+
+
+def test_an_estimator_goes_on_with_newer_rows(work):
+    rows = pl.read_csv(work / "2.csv")
+    model = CTRModel.load(work / "one").fit(rows, warm_start=work / "one")
+    assert model.predict_proba(rows).shape == (len(rows), 2)
+    assert model.predictor_.encoder.tables["ad"].rows > Predictor.load(work / "one").encoder.tables["ad"].rows
+    with pytest.raises(UserError, match="model.embedding.dims.user is 16 here"):
+        CTRModel({"name": "mldcn", "rank": 9}, schema=model.schema).fit(rows, warm_start=work / "one")
 
 
 def test_copies_may_begin_with_a_run(work, tmp_path):

@@ -65,18 +65,23 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.seed = seed
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> CTRModel:
+    def fit(self, X: Any, y: Any = None, *, warm_start: str | Path | None = None) -> CTRModel:
         """Trains on a table.
+
+        To go on with an earlier model on newer rows: ``CTRModel.load(run).fit(rows, warm_start=run)``.
 
         Args:
             X: a Polars or pandas frame or an Arrow table, with the label columns unless ``y`` is given.
             y: the label of each row, in place of the column of the (first) label.
+            warm_start: a run's folder whose weights and vocabularies to begin with; schema and model must agree.
 
         Raises:
             UserError: the table or the options say something that cannot be.
         """
         from mldcn.training.fit import fit
+        from mldcn.training.warm_start import WarmStart
 
+        start = WarmStart.open(warm_start) if warm_start is not None else None
         table = as_arrow(X)
         if y is not None:
             name = self._label_column()
@@ -88,6 +93,8 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         log = home / "log.parquet"
         pyarrow.parquet.write_table(table, log)
         config = self._config(table, log, y is not None)
+        if start is not None:
+            config = start.adapt(config)
         observers = []
         progress = None
         if self.verbose:
@@ -96,11 +103,12 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
             progress = EncodingProgress()
             observers = [FitProgress(monitored(config))]
-        data = prepare(config, home / "encoded", progress)
+        base = start.encoder() if start is not None else None
+        data = prepare(config, home / "encoded", progress, base=base)
         if progress is not None:
             progress.close()
         run = RunFolder.create(home / "run", dump_config(config))
-        self.summary_ = fit(config, run, data, observers=observers)
+        self.summary_ = fit(config, run, data, warm_start=start, observers=observers)
         log.unlink()
         shutil.rmtree(home / "encoded")
         trained = self._adopt(Predictor.load(run.path))
