@@ -191,7 +191,7 @@ def fit(
     from mldcn.console import EncodingProgress, FitProgress, err, metrics_table
     from mldcn.console import out as screen
     from mldcn.run import RunFolder
-    from mldcn.training.fit import monitored
+    from mldcn.training.identity import monitored
     from mldcn.training.interrupt import Interrupted
 
     if (config is None) == (resume is None):
@@ -261,7 +261,7 @@ def _fit_copies(config: Config, out: Path, count: int, start: WarmStart | None, 
     from mldcn.console import EncodingProgress, FitProgress, err, repeats_tables
     from mldcn.console import out as screen
     from mldcn.repeats import PAGE, run_repeats
-    from mldcn.training.fit import monitored
+    from mldcn.training.identity import monitored
     from mldcn.training.interrupt import Interrupted
 
     encoding = EncodingProgress()
@@ -425,6 +425,36 @@ def study(
     say = lambda line: err.print(line, markup=False)  # noqa: E731
     run_study(load_recipe(recipe), source, folder, jobs=jobs, say=say)
     screen.print((folder / "results.md").read_text(encoding="utf-8"), markup=False)
+
+
+@data_app.command("encode")
+def data_encode(
+    config: ConfigFile,
+    out: Annotated[
+        Path | None, typer.Option(help="folder; by default the one that 'mldcn fit' looks for in runs/")
+    ] = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Encodes a config's log and trains nothing; started again, it goes on where it was interrupted.
+
+    Example: mldcn data encode mldcn.yaml --set data.memory_mb=4096
+    """
+    from mldcn import workflow
+    from mldcn.config import load_config
+    from mldcn.console import EncodingProgress, warn_of_rejects
+    from mldcn.console import out as screen
+    from mldcn.data.prepare import REJECTS
+
+    progress = EncodingProgress()
+    try:
+        folder, data = workflow.encode(load_config(config, settings), out, progress)
+    finally:
+        progress.close()
+    warn_of_rejects(data.rejected, None, folder / REJECTS)
+    parts = {"training": data.train, "validation": data.valid, "test": data.test}
+    counts = ", ".join(f"{len(rows):,} {part} rows" for part, rows in parts.items() if rows is not None)
+    had = " (they were there already)" if data.reused else ""
+    screen.print(f"{folder}: {counts}{had}", markup=False)
 
 
 @data_app.command("list")

@@ -14,7 +14,7 @@ from mldcn.comparison import Comparison, compare_predictions, prediction_chunks,
 from mldcn.config import Config, dump_config, load_config, parse
 from mldcn.data.batch import EncodedLayout
 from mldcn.data.parsing import salvage
-from mldcn.data.prepare import prepare
+from mldcn.data.prepare import REJECTS, EncodedData, prepare
 from mldcn.data.reading import open_log
 from mldcn.data.rejects import RejectsFile
 from mldcn.data.shards import EncodedRows, ShardWriter
@@ -28,8 +28,9 @@ from mldcn.report import Difference as ShownDifference
 from mldcn.run import RunFolder, locked, scratch, write_text
 from mldcn.schema import EmbeddingFeature, TableFeature
 from mldcn.training.evaluate import Evaluation, evaluate
-from mldcn.training.fit import Summary, fit, monitored
+from mldcn.training.fit import Summary, fit
 from mldcn.training.history import evaluations
+from mldcn.training.identity import monitored
 from mldcn.training.observers import Observer
 from mldcn.training.recovery import Trouble
 from mldcn.training.warm_start import WarmStart
@@ -67,6 +68,14 @@ def encoded_folder(config: Config, run: Path, warm_start: WarmStart | None = Non
     base = [warm_start.checksum(), warm_start.statistics] if warm_start is not None else []
     key = json.dumps([data, config.log_schema.model_dump(mode="json"), *base])
     return run.parent / "encoded" / hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
+
+
+def encode(
+    config: Config, folder: Path | None = None, encoding: Encoding | None = None
+) -> tuple[Path, EncodedData]:
+    """Encodes the log, or takes the encoded rows that are there; by default where a run in ``runs`` has them."""
+    folder = folder or encoded_folder(config, Path("runs") / "any")
+    return folder, prepare(config, folder, encoding)
 
 
 def train(
@@ -113,6 +122,9 @@ def train(
         else:
             base, statistics = warm_start.encoder(), warm_start.statistics
             data = prepare(config, folder, encoding, base=base, statistics=statistics)
+        if data.rejected:
+            for observer in observers:
+                observer.noted(f"{data.rejected:,} bad rows are left out; {folder / REJECTS} names each")
         if replaces:
             run = RunFolder.create(run.path, dump_config(config), notes, overwrite=True)
         summary = fit(config, run, data, resume=resume, warm_start=warm_start, observers=observers)
