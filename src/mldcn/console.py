@@ -78,6 +78,7 @@ def repeats_tables(title: str, found: Repeats) -> None:
 
 def description_tables(description: Description) -> None:
     """Prints what a schema makes of a log: its features, numbers and labels."""
+    warn_of_rejects(description.rejected, description.first_reject, None)
     rows = []
     for f in description.features:
         top = ", ".join(f"{value} ({count:,})" for value, count in f.top)
@@ -194,7 +195,7 @@ class FitProgress(Observer):
 
     def noted(self, text: str) -> None:
         """Prints a line."""
-        err.print(f"{self.label}: {text}", markup=False)
+        err.print(f"{self.label or 'fit'}: {text}", markup=False)
 
     def finished(self, metrics: Mapping[str, Metrics]) -> None:
         """Ends the bar."""

@@ -17,9 +17,11 @@ from mldcn.data.fitting import Fitter
 from mldcn.data.parsing import ParsedBlock
 from mldcn.data.passes import LogPasses, Progress
 from mldcn.data.reading import RawBlock
+from mldcn.data.rejects import Reject, RejectsFile
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Parts
 from mldcn.data.transforms import Moments, RowSample, row_priorities
 from mldcn.data.vocabulary import Vocabulary
+from mldcn.errors import UserError
 from mldcn.schema import Bucketised, Numeric, TableFeature
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -69,25 +71,35 @@ class LabelFacts:
 
 @dataclass(frozen=True)
 class Description:
-    """A described log: rows by part, its features, its labels."""
+    """A described log: rows by part, features, labels; how many bad rows were left out, and the first of them."""
 
     rows: dict[str, int]
     features: tuple[FeatureFacts, ...]
     labels: tuple[LabelFacts, ...]
+    rejected: int = 0
+    first_reject: Reject | None = None
 
 
 def describe(config: Config, progress: Progress | None = None) -> Description:
     """Describes the log that a config names, in two streaming passes.
 
     Raises:
-        UserError: the log cannot be read or is not what the schema says, or a split comes out empty.
+        UserError: the log cannot be read or is not what the schema says, all its rows are bad, or a split comes
+            out empty.
     """
     schema = config.log_schema
-    passes = LogPasses(config, progress)
+    rejects = RejectsFile(None)
+    passes = LogPasses(config, progress, lambda found: rejects.add(found))
     fitter, seen = Fitter(schema), _Seen(config)
     with tempfile.TemporaryDirectory() as folder:
         rule = passes.rule(Path(folder))
-    encoder = passes.fit(rule, fitter, seen.raw)
+    try:
+        encoder = passes.fit(rule, fitter, seen.raw)
+    except UserError:
+        rejects.refuse_all(int(seen.rows.sum()))
+        raise
+    # The next pass sees the training rows again.
+    rejects = RejectsFile(None)
 
     def encoded(block: RawBlock, parts: Parts) -> tuple[ParsedBlock, EncodedBlock]:
         parsed = passes.parse(block, rule)
@@ -98,7 +110,8 @@ def describe(config: Config, progress: Progress | None = None) -> Description:
             if part != "train":
                 seen.raw(parsed, parts)
             seen.encoded(block, parts, encoder.layout)
-    return seen.description(encoder, fitter)
+    described = seen.description(encoder, fitter)
+    return replace(described, rejected=rejects.count, first_reject=rejects.first)
 
 
 @dataclass

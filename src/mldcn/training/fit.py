@@ -458,6 +458,7 @@ class Trainer:
                     for name in ("train", "valid", "test")
                     if (rows := getattr(self.data, name)) is not None
                 },
+                "rejected": self.data.rejected,
                 **begun,
             }
         )
