@@ -17,7 +17,8 @@ from mldcn.errors import UserError
 from mldcn.metrics import Difference
 from mldcn.report import comparison_page
 from mldcn.run import RunFolder, write_text
-from mldcn.training.fit import Summary, monitored
+from mldcn.training.fit import Summary
+from mldcn.training.identity import monitored
 from mldcn.workflow import REPORT, check, compare, encoded_folder, run_summary, train
 
 # ML-DCN's width sets the budget; the rivals' knobs are turned until they cost as much.

@@ -99,7 +99,7 @@ class CTRModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         progress = None
         if self.verbose:
             from mldcn.console import EncodingProgress, FitProgress
-            from mldcn.training.fit import monitored
+            from mldcn.training.identity import monitored
 
             progress = EncodingProgress()
             observers = [FitProgress(monitored(config))]

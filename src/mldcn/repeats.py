@@ -25,7 +25,7 @@ from mldcn.report.blocks import Heading, Paragraph
 from mldcn.report.summary import metric_column, metric_names
 from mldcn.report.table import Column, Table
 from mldcn.run import RunFolder, locked, write_text
-from mldcn.training.fit import spelled_out
+from mldcn.training.identity import spelled_out
 from mldcn.training.observers import Observer
 from mldcn.training.warm_start import WarmStart
 from mldcn.workflow import Encoding, train

@@ -16,7 +16,8 @@ from mldcn.model import Ranker
 from mldcn.predict import Predictor
 from mldcn.run import RunFolder
 from mldcn.training.evaluate import evaluate
-from mldcn.training.fit import Trainer, fit, monitored
+from mldcn.training.fit import Trainer, fit
+from mldcn.training.identity import monitored
 
 ROWS = 3000
 

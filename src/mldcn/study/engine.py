@@ -26,7 +26,8 @@ from mldcn.metrics import metric_info
 from mldcn.run import RunFolder, locked, write_text
 from mldcn.study.recipe import Recipe, nested, overlay
 from mldcn.study.summary import Row, to_markdown
-from mldcn.training.fit import fit, monitored, spelled_out
+from mldcn.training.fit import fit
+from mldcn.training.identity import monitored, spelled_out
 
 Say = Callable[[str], None]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mldcn import __version__, interactions
+from mldcn import __version__
 from mldcn.config import Config, dump_config
 from mldcn.data.batch import Batch
 from mldcn.data.pipeline import ahead
@@ -34,6 +34,7 @@ from mldcn.training.clock import Clock
 from mldcn.training.ema import WeightAverage
 from mldcn.training.evaluate import Evaluation, check_labels, evaluate, fit_calibrators
 from mldcn.training.history import History
+from mldcn.training.identity import changes, monitored, spelled_out, what_counts
 from mldcn.training.interrupt import Interrupted, stop_signals
 from mldcn.training.observers import Metrics, Observer, Progress, trackers
 from mldcn.training.optimisers import build_optimisers
@@ -465,7 +466,7 @@ class Trainer:
 
     def _checkpoint(self, *, anchor: bool) -> None:
         state = {
-            "config": _what_counts(self.config),
+            "config": what_counts(self.config),
             "data": self.data.fingerprint,
             "position": asdict(self.position),
             "clock": self.clock.state(),
@@ -488,12 +489,7 @@ class Trainer:
         Raises:
             UserError: it is one.
         """
-        then, now = _flat(state["config"]), _flat(_what_counts(self.config))
-        changed = [
-            f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-            for key in dict.fromkeys([*then, *now])
-            if then.get(key) != now.get(key)
-        ]
+        changed = changes(state["config"], what_counts(self.config))
         if changed:
             raise UserError(
                 f"{self.run.path}: the config is not the one that this run began with: {'; '.join(changed)}. Set "
@@ -528,57 +524,3 @@ class Trainer:
 
 def _every(steps: int | None, step: int) -> bool:
     return steps is not None and step % steps == 0
-
-
-# What a resumed run may do otherwise: none of it changes what is trained.
-_FREE = {
-    "data": {"encoded", "memory_mb"},
-    "training": {"threads", "device", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "mlflow"},
-}
-
-
-def _what_counts(config: Config) -> dict[str, Any]:
-    """The config as plain data, without what may change between a run's parts."""
-    raw: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude=_FREE)
-    return raw
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def spelled_out(config: Config) -> Config:
-    """The config with every option of its interaction, so that a run outlives a change of defaults."""
-    interaction = interactions.parse(config.model.interaction).model_dump(mode="json")
-    return config.model_copy(update={"model": config.model.model_copy(update={"interaction": interaction})})
-
-
-def monitored(config: Config) -> tuple[str, str]:
-    """The task and metric that ``training.monitor`` names: ``auc`` is the first task's, or ``task/metric``.
-
-    Raises:
-        UserError: there is no such task or metric, or the schema and config do not have it measured.
-    """
-    schema, tasks = config.log_schema, config.log_schema.tasks
-    task, slash, metric = config.training.monitor.rpartition("/")
-    task = task if slash else tasks[0]
-    if task not in tasks:
-        raise UserError(f"training.monitor: no task {task!r}; the tasks are {', '.join(tasks)}")
-    if metric_info(metric).higher_is_better is None:
-        raise UserError(
-            f"training.monitor: {metric!r} is best at 1, neither high nor low; use logloss or ece"
-        )
-    by_group, at, k = metric.partition("@")
-    if by_group == "gauc" and not (schema.user or schema.request):
-        raise UserError("training.monitor: gauc ranks within a user; name the column in schema.user")
-    if at and not schema.request:
-        raise UserError(
-            f"training.monitor: {metric} ranks within a request; name the column in schema.request"
-        )
-    if at and int(k) not in config.evaluation.hit_at:
-        raise UserError(f"training.monitor: {metric} is not measured; add {k} to evaluation.hit_at")
-    return task, metric
