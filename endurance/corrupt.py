@@ -38,6 +38,7 @@ from common import (
     command_environment,
     digest_bytes,
     digest_encoded,
+    digest_files,
     digest_results,
     markdown,
     mldcn_command,
@@ -129,6 +130,34 @@ def read_encoded(folder: Path, facts: dict[str, Any]) -> str:
     if digest_encoded(data) != facts["encoded"]:
         return "different"
     return "same" if data.reused else "rebuilt"
+
+
+def read_partial(folder: Path, facts: dict[str, Any]) -> str:
+    """``mldcn data encode`` goes on with what an interrupted one left in ``<folder>.partial``."""
+    from mldcn.config import load_config
+    from mldcn.data.prepare import prepare
+
+    whole = folder.with_name(f"{folder.name}-whole")
+    shutil.rmtree(whole, ignore_errors=True)
+    folder.rename(whole.with_name(f"{whole.name}.partial"))
+    data = prepare(load_config(facts["config"], [f"data.encoded={whole}"]), whole)
+    same = digest_encoded(data) == facts["encoded"] and digest_files(whole) == facts["encoded_files"]
+    return "same" if same else "different"
+
+
+def read_study(folder: Path, facts: dict[str, Any]) -> str:
+    """``mldcn study`` again, with all its runs finished: it only has to sum them up."""
+    from mldcn.study.engine import run_study
+    from mldcn.study.recipe import load_recipe
+
+    run_study(load_recipe(folder.parent.parent / "study.yaml"), None, folder)
+    return "same" if digest_study(folder) == facts["study"] else "different"
+
+
+def digest_study(folder: Path) -> str:
+    """A digest of what a study says, apart from its timings."""
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return digest_bytes(json.dumps({**row, "seconds": None}).encode() for row in rows)
 
 
 def read_checkpoint(folder: Path, facts: dict[str, Any]) -> str:
@@ -227,12 +256,13 @@ def build(work: Path) -> None:
             if self.seen == 2:
                 raise KeyboardInterrupt
 
-    path = write_small_log(
-        work / "log", min_delta=1.0
-    )  # the first weights stay the best: a resumed run needs them
+    # With this min_delta the first weights stay the best: a resumed run needs them.
+    path = write_small_log(work / "log", min_delta=1.0)
     config = load_config(path)
     data = prepare(config, work / "log" / "encoded")
     shutil.copytree(work / "log" / "encoded", work / "encoded")
+    build_partial(path, work / "partial")
+    build_study(path, work)
     workflow.train(config, RunFolder.create(work / "run"))
     with contextlib.suppress(KeyboardInterrupt):
         workflow.train(config, RunFolder.create(work / "interrupted"), observers=[Stop()])
@@ -251,11 +281,48 @@ def build(work: Path) -> None:
         "config": str(path),
         "log": str(log),
         "encoded": digest_encoded(data),
+        "encoded_files": digest_files(work / "encoded"),
+        "study": digest_study(work / "study"),
         "states": states,
         "results": digest_results(work / "run"),
         "used": use_run(work / "run", log),
     }
     (work / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def build_partial(path: Path, folder: Path) -> None:
+    """What an encoding leaves that is cut off in its second half, having noted all it had done."""
+    from mldcn.config import load_config
+    from mldcn.data import prepare
+
+    blocks = 0
+
+    def cut_off(stage: str, *_: int) -> None:
+        nonlocal blocks
+        blocks += stage == "encode"
+        if blocks == 3:
+            raise KeyboardInterrupt
+
+    usual, prepare.CHECKPOINT_SECONDS = prepare.CHECKPOINT_SECONDS, 0.0
+    with contextlib.suppress(KeyboardInterrupt):
+        prepare.prepare(load_config(path), folder.with_name("cut-off"), cut_off)
+    prepare.CHECKPOINT_SECONDS = usual
+    folder.with_name("cut-off.partial").rename(folder)
+
+
+def build_study(path: Path, work: Path) -> None:
+    """A study of one rival and two seeds."""
+    import yaml
+
+    from mldcn.study.engine import run_study
+    from mldcn.study.recipe import load_recipe
+
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = {"model": raw["model"], "training": raw["training"] | {"epochs": 1}}
+    rivals = {"mldcn": {"interaction": {"name": "mldcn", "rank": 8}}}
+    recipe = {"title": "small", "dataset": "pinads", "config": base, "rivals": rivals, "seeds": [0, 1]}
+    (work / "study.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    run_study(load_recipe(work / "study.yaml"), path.parent, work / "study")
 
 
 def write_raw_logs(frame: Any, work: Path) -> None:
@@ -292,7 +359,7 @@ def artefacts(work: Path) -> dict[str, Artefact]:
         for file in sorted(folder.rglob("*")):
             relative = str(file.relative_to(folder))
             if file.is_file() and not relative.startswith(skip):
-                kind = re.sub(r"[0-9]{2,}", "N", re.sub("^(train|valid|test)/", "PART/", relative))
+                kind = re.sub(r"[0-9]{2,}", "N", re.sub("^(.*/)?(train|valid|test)/", r"\1PART/", relative))
                 kinds.setdefault(kind, []).append(relative)
         return Artefact(name, kinds, folder, read, command)
 
@@ -310,10 +377,13 @@ def artefacts(work: Path) -> dict[str, Artefact]:
 
     found = [
         made("encoded", read_encoded, fit),
+        made("partial", read_partial),
         made("checkpoint", read_checkpoint),
         made("interrupted", read_interrupted, resume),
         # Pages for people: no command reads them.
         made("run", read_run, predict, skip=("report.html", "tensorboard")),
+        # The config and the log are the user's own text; results are written anew; encoded rows come above.
+        made("study", read_study, skip=("dataset.yaml", "log", "encoded", "results")),
         *(made(f"raw-log.{kind}", read_log) for kind in ("csv", "csv.gz", "csv.zst", "parquet")),
     ]
     return {artefact.name: artefact for artefact in found}
@@ -361,7 +431,7 @@ def worker(work: Path, trials: list[Trial], seed: int, pipe: Any) -> None:
 
 def in_process(target: Callable[..., None], *arguments: Any) -> Any:
     """Starts a fresh process: one that is forked would inherit locks of thread pools."""
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -374,29 +444,33 @@ def run_trials(work: Path, trials: list[Trial], seed: int) -> Iterator[tuple[Tri
         process = in_process(worker, work, waiting, seed, theirs)
         theirs.close()
         how = "while it started"
-        while waiting:
-            try:
-                if not mine.poll(HANG_SECONDS):
-                    outcome = ("hang", f"nothing for {HANG_SECONDS:g} s")
-                else:
-                    how = mine.recv()
-                    hung = not mine.poll(HANG_SECONDS)
-                    outcome = ("hang", f"nothing for {HANG_SECONDS:g} s") if hung else mine.recv()
-            except EOFError:
-                process.join()
-                outcome = ("died", f"exit code {process.exitcode}")
-            yield waiting.pop(0), how, *outcome
-            if outcome[0] in ("hang", "died"):
-                break
-        process.kill()
-        process.join()
+        try:
+            while waiting:
+                try:
+                    if not mine.poll(HANG_SECONDS):
+                        outcome = ("hang", f"nothing for {HANG_SECONDS:g} s")
+                    else:
+                        how = mine.recv()
+                        hung = not mine.poll(HANG_SECONDS)
+                        outcome = ("hang", f"nothing for {HANG_SECONDS:g} s") if hung else mine.recv()
+                except EOFError:
+                    process.join()
+                    outcome = ("died", f"exit code {process.exitcode}")
+                yield waiting.pop(0), how, *outcome
+                if outcome[0] in ("hang", "died"):
+                    break
+        finally:
+            process.kill()
+            process.join()
 
 
-def through_the_command_line(work: Path, seed: int, copies: int) -> Iterator[tuple[Trial, str, str, str]]:
+def through_the_command_line(
+    work: Path, seed: int, copies: int, only: str | None
+) -> Iterator[tuple[Trial, str, str, str]]:
     """A few trials as the shell sees them: exit code 0 or 1, one message, no traceback."""
     rng = np.random.default_rng([seed, 1])
     for artefact in artefacts(work).values():
-        if artefact.command is None:
+        if artefact.command is None or not f"{artefact.name}/".startswith((only or "").partition("/")[0]):
             continue
         for number in range(copies):
             trial = Trial(artefact.name, str(rng.choice(np.array(list(artefact.kinds)))), number)
@@ -459,7 +533,7 @@ def check(
 
     for trial, *found in run_trials(work, trials, seed):
         note(trial, *found, trial.artefact)
-    for trial, *found in through_the_command_line(work, seed, commands):
+    for trial, *found in through_the_command_line(work, seed, commands, only):
         note(trial, *found, f"{trial.artefact} (command)")
     return counts, violations
 

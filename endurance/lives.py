@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import command_environment, digest_bytes, digest_files, digest_results, mldcn_command
+from common import command_environment, digest_bytes, digest_files, digest_results
 
 KILLED = -signal.SIGKILL
 LIMIT = 600.0  # seconds after which a command counts as hung
@@ -74,25 +77,46 @@ class Life:
     violations: list[str] = field(default_factory=list)
 
 
+def _command(arguments: list[str], folder: Path, out: Path, err: Path) -> None:
+    """In a process of its own: what the shell would do."""
+    os.setsid()
+    os.chdir(folder)
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(command_environment(), TMPDIR=str(folder / "tmp"))
+    tempfile.tempdir = None
+    sys.argv = ["mldcn", *arguments]
+    from mldcn.cli import main
+
+    main()
+
+
 def execute(life: Path, arguments: list[str], kill_after: float | None) -> tuple[int, str, str]:
-    """Runs a command in a session of its own; after so many seconds the whole of it is killed."""
-    environment = {**command_environment(), "TMPDIR": str(life / "tmp")}
-    with subprocess.Popen(
-        [*mldcn_command(), *arguments],
-        cwd=life,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=LIMIT if kill_after is None else kill_after)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            return KILLED if kill_after is not None else 124, out, err
-    return process.returncode, out, err
+    """Runs a command in a process of its own; after so many seconds it is killed with all its children.
+
+    The process is forked from one that has imported all libraries but has not used them: the seconds in which an
+    interpreter starts, and nothing can happen to a file, are spared.
+
+    Returns:
+        The exit code, what was printed, and the messages.
+    """
+    os.environ |= command_environment()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mldcn.workflow", "mldcn.training.fit", "polars", "pyarrow.parquet"])
+    with tempfile.TemporaryDirectory(prefix="printed-") as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = context.Process(target=_command, args=(arguments, life, out, err))
+        process.start()
+        process.join(LIMIT if kill_after is None else kill_after)
+        late = process.is_alive()
+        if late and process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (out, err)]
+    code = process.exitcode if process.exitcode is not None else 1
+    return (124 if late and kill_after is None else code), *texts  # type: ignore[return-value]
 
 
 def until_done(life: Life, command: Command, moments: list[float], *, cut_off: bool = False) -> None:
