@@ -25,10 +25,10 @@ from mldcn.report.blocks import Heading, Paragraph
 from mldcn.report.summary import metric_column, metric_names
 from mldcn.report.table import Column, Table
 from mldcn.run import RunFolder, locked, write_text
-from mldcn.training.identity import spelled_out
+from mldcn.training.identity import changes, spelled_out, what_counts
 from mldcn.training.observers import Observer
 from mldcn.training.warm_start import WarmStart
-from mldcn.workflow import Encoding, train
+from mldcn.workflow import Encoding, complete, train
 
 FORMAT = 1
 FILE, PAGE = "repeats.json", "repeats.html"
@@ -138,7 +138,8 @@ def _copy(
     if begun:
         _check_same(run, config, warm_start)
         if run.info().get("status") == "finished":
-            return RunFolder.open(path)
+            complete(RunFolder.open(path))
+            return run
     train(
         config,
         run,
@@ -154,23 +155,15 @@ def _copy(
 def _check_same(run: RunFolder, config: Config, warm_start: WarmStart | None) -> None:
     """Refuses a folder that holds something else than the copy that is asked for."""
     adapted = warm_start.adapt(config) if warm_start is not None else config
-    noted = run.info().get("warm_start", {})
-    start = (
-        (warm_start.checksum(), warm_start.statistics, warm_start.optimiser) if warm_start else (None,) * 3
-    )
-    if _what_counts(load_config(run.config)) != _what_counts(adapted) or start != tuple(
-        noted.get(key) for key in ("crc32", "statistics", "optimiser")
-    ):
+    start = warm_start.note() if warm_start is not None else {}
+    there = {key: value for key, value in run.info().get("warm_start", {}).items() if key != "tables"}
+    found = changes(what_counts(spelled_out(load_config(run.config))), what_counts(spelled_out(adapted)))
+    found += changes(there, start)
+    if found:
         raise UserError(
-            f"{run.path}: holds a copy of another config; name another folder with --out, or train all copies "
-            "again with --force"
+            f"{run.path}: holds a copy of another config ({found[0]}); name another folder with --out, or "
+            "train all copies again with --force"
         )
-
-
-def _what_counts(config: Config) -> Config:
-    """The config without what does not change a result."""
-    training = config.training.model_copy(update={"threads": None})
-    return spelled_out(config.model_copy(update={"training": training}))
 
 
 def summarise(runs: Sequence[RunFolder], seeds: Sequence[int]) -> Repeats:
