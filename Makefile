@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := torch>=2.12,<2.14
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit peers bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mldcn demo --out demo
@@ -23,6 +23,14 @@ types: $(VENV)/installed-dev
 unit: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2
 
+# What the benchmarks compare with, in an environment of its own (.venv-peers).
+peers: $(VENV)/installed
+	$(BIN)/python benchmarks/peers.py
+
+# All benchmarks (some 20 minutes on a machine that does nothing else); the figures go to docs/results/speed.json.
+bench: $(VENV)/installed peers
+	$(BIN)/python benchmarks/all.py --json docs/results/speed.json
+
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else "mldcn needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d; try: make PYTHON=python3.12 demo" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,4 +44,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,11 +20,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from turns import Result, machine, report
 
 from mldcn.config import EmbeddingConfig
 from mldcn.data.batch import EncodedLayout, IdSlot
@@ -171,6 +173,7 @@ def main() -> None:
         default="wall",
         help="cpu: the process's own CPU time, for a machine that does other work too (with one thread)",
     )
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     torch.set_num_threads(options.threads)
@@ -182,18 +185,23 @@ def main() -> None:
     print(
         f"{options.threads} thread(s); median {options.clock} ms (quartiles), relative to the first height\n"
     )
+    found: Result = {"machine": machine(options.threads), "torch": torch.__version__, "milliseconds": {}}
+    found["distinct_rows"] = statistics.mean(distinct)
     for optimiser in options.optimisers:
         contenders = measure(heights, optimiser, options.rounds, clock)
         for part in contenders[0].seconds:
             base = statistics.median(contenders[0].seconds[part])
             for contender in contenders:
                 low, middle, high = statistics.quantiles(contender.seconds[part], n=4)
+                figures = {"median": middle * 1e3, "q1": low * 1e3, "q3": high * 1e3, "ratio": middle / base}
+                found["milliseconds"].setdefault(optimiser, {}).setdefault(part, {})[contender.rows] = figures
                 print(
                     f"{optimiser:16} {part:12} {contender.rows:>11,} rows  {middle * 1e3:8.1f} "
                     f"({low * 1e3:.1f} .. {high * 1e3:.1f})  x {middle / base:.3f}",
                     flush=True,
                 )
         del contenders  # before the next ones take as much memory
+    report(found, options.json)
 
 
 if __name__ == "__main__":
