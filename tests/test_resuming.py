@@ -1,6 +1,8 @@
 """Wherever a run ends before its time, ``mldcn fit --resume`` makes of it what it would have been."""
 
+import os
 import shutil
+import signal
 
 import numpy as np
 import polars as pl
@@ -69,8 +71,8 @@ def work(tmp_path_factory):
 
 
 def command(*arguments):
-    """Runs a command in this process."""
-    cli.app([str(a) for a in arguments], standalone_mode=False)
+    """Runs a command in this process; gives its exit code, where it leaves with one."""
+    return cli.app([str(a) for a in arguments], standalone_mode=False)
 
 
 def dying(monkeypatch, owner, name, call, *, after=False):
@@ -127,6 +129,35 @@ def test_a_run_that_is_cut_off_and_resumed_ends_the_same(work, tmp_path, monkeyp
     RunFolder.open(target)
     with pytest.raises(UserError, match="nothing to resume"):
         command("fit", "--resume", target)
+
+
+@pytest.mark.parametrize("moment", [(fit.Trainer, "_step"), (workflow, "prepare"), (fit, "fit_calibrators")])
+def test_ctrl_c_at_any_time_says_how_to_go_on(work, tmp_path, monkeypatch, capsys, moment):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*moment, interrupted)
+        assert command("fit", work / "config.yaml", "--out", tmp_path / "run") == 130
+    assert f"interrupted; go on with\n  mldcn fit --resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_run_behind_the_step_with_a_checkpoint(work, tmp_path, monkeypatch):
+    whole, calls = fit.Trainer._step, iter(range(100))
+
+    def stepping(self, batch):
+        if next(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit.Trainer, "_step", stepping)
+        assert command("fit", work / "config.yaml", "--out", tmp_path / "run") == 130
+    states = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert states == ["step-000000000004", "step-000000000007-between"]
+    command("fit", "--resume", tmp_path / "run")
+    for name in FILES:
+        assert (tmp_path / "run" / name).read_bytes() == (work / "whole" / name).read_bytes(), name
 
 
 def test_force_keeps_the_old_run_until_the_new_log_is_encoded(work, tmp_path, monkeypatch):

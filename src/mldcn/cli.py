@@ -192,7 +192,6 @@ def fit(
     from mldcn.console import out as screen
     from mldcn.run import RunFolder
     from mldcn.training.identity import monitored
-    from mldcn.training.interrupt import Interrupted
 
     if (config is None) == (resume is None):
         raise UserError("name either a config to train, or a run to go on with: --resume RUN")
@@ -232,8 +231,12 @@ def fit(
             encoding=encoding,
             observers=[progress],
         )
-    except Interrupted as error:
-        err.print(f"{error}; go on with\n  mldcn fit --resume {run.path}", markup=False)
+    except KeyboardInterrupt as error:
+        begun = (
+            run.path.exists() and run.info().get("status") != "finished"
+        )  # else --force had nothing replaced
+        hint = f"; go on with\n  mldcn fit --resume {run.path}" if begun else ""
+        err.print(f"{str(error) or 'interrupted'}{hint}", markup=False)
         raise typer.Exit(130) from None
     finally:
         encoding.close()

@@ -205,10 +205,12 @@ def write_report(run: RunFolder) -> None:
     info = run.info()
     rows = ", ".join(f"{split} {count:,}" for split, count in info["rows"].items())
     which = "the best on validation" if "valid" in info["rows"] else "the last, since no rows validate"
+    waited = f"Training waited for data {info['data_wait_share']:.1%} of its time."
     page = run_page(
         f"Run {run.path.name}",
         run_summary(run.path.name, run),
-        protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, {which}.{_troubles(info)}",
+        protocol=f"Rows: {rows}. The weights are those of step {info['best_step']}, {which}. {waited}"
+        + _troubles(info),
         features=_features(run, load_config(run.config)),
         next_steps=[
             ("Score new rows", f"mldcn predict {run.path} NEW_LOG --out scores.csv"),
