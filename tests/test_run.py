@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -88,6 +89,20 @@ def test_scratch_folders_of_killed_processes_are_removed_by_the_next(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_locks_files_are_written_and_folders_are_refused(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(UserError, match="gives no locks .No locks available."), locked(tmp_path / "run"):
+        pass
+    for text in ("one", "two"):
+        with atomic(tmp_path / "a") as temporary:
+            temporary.write_text(text)
+    assert (tmp_path / "a").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_files_are_made_as_the_umask_wants_them(tmp_path):
     before = os.umask(0o027)
     try:
@@ -150,8 +165,10 @@ def test_a_run_is_created_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("pathlib.Path.rename", killed)
         RunFolder.create(tmp_path / "a", "config")
-    assert RunFolder.open(tmp_path / "a", finished=False).config.read_text() == "config"
-    assert not (tmp_path / ".a.begun").exists()
+    run = RunFolder.open(tmp_path / "a", finished=False)
+    assert run.config.read_text() == "config"
+    run.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]  # what was replaced is gone
 
 
 def test_a_run_in_use_is_not_replaced(tmp_path):

@@ -108,7 +108,7 @@ class RunFolder:
         run = cls(path)
         with locked(run.path):
             run.check_room(overwrite=overwrite)
-            old, new = run.path.with_name(f".{run.path.name}.replaced"), run._begun
+            old, new = run._replaced, run._begun
             for left in (old, new):
                 shutil.rmtree(left, ignore_errors=True)
             new.mkdir(parents=True)
@@ -125,6 +125,11 @@ class RunFolder:
     def _begun(self) -> Path:
         """Where a new run lies until it has its name."""
         return self.path.with_name(f".{self.path.name}.begun")
+
+    @property
+    def _replaced(self) -> Path:
+        """Where a run that is replaced lies until it is removed."""
+        return self.path.with_name(f".{self.path.name}.replaced")
 
     def check_room(self, *, overwrite: bool = False) -> None:
         """Refuses a folder in which no new run may begin.
@@ -220,7 +225,8 @@ class RunFolder:
         sums[VERSIONED] = f"{zlib.crc32(_json(info).encode()):08x}"
         self.write_json("manifest.json", {"format": FORMAT, "crc32": sums})
         self.write_info(info)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for left in (self.checkpoints, self._begun, self._replaced):
+            shutil.rmtree(left, ignore_errors=True)
 
     def verify(self) -> None:
         """Checks every file against the manifest.
@@ -330,7 +336,11 @@ def _temporary(path: Path) -> tuple[Path, int]:
             handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             continue
-        if _lock(handle, wait=False) and _is_at(handle, temporary):
+        try:
+            mine = _lock(handle, wait=False)
+        except OSError:
+            mine = True  # a file system without locks: then nobody sweeps either
+        if mine and _is_at(handle, temporary):
             return temporary, handle
         os.close(handle)  # a sweeper was faster than the lock
 
@@ -369,7 +379,16 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _lock(handle, wait=wait):
+        try:
+            mine = _lock(handle, wait=wait)
+        except OSError as error:
+            os.close(handle)
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"{folder}: its file system gives no locks ({error.strerror}), so that two runs could write into "
+                "one folder; name a folder on another, a local disk"
+            ) from None
+        if not mine:
             holder = os.read(handle, 32).decode(errors="replace").strip()
             os.close(handle)
             who = f"process {holder}" if holder.isdecimal() else "another process"
