@@ -200,3 +200,17 @@ def test_groups_and_k_are_checked():
         gauc([0, 1], [0.1, 0.2], [1, 2, 3])
     with pytest.raises(UserError, match="k: expected at least 1, found 0"):
         hit_at_k([0, 1], [0.1, 0.2], [1, 1], 0)
+
+
+def test_a_weight_of_minus_zero_is_none():
+    labels, scores = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.9, 0.2], np.float32)
+    found = [auc(labels, scores, np.array([1, 2, zero, 3], np.float32)) for zero in (0.0, -0.0)]
+    assert found == [1.0, 1.0]
+
+
+def test_the_order_of_rows_does_not_change_a_weighted_auc():
+    draw = np.random.default_rng(5)
+    labels, weights = draw.random(5000) < 0.3, draw.random(5000).astype(np.float32)
+    scores = draw.integers(0, 20, 5000).astype(np.float32)
+    order = draw.permutation(5000)
+    assert auc(labels, scores, weights) == auc(labels[order], scores[order], weights[order])
