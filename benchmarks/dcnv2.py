@@ -66,13 +66,7 @@ def measure(options: argparse.Namespace) -> Result:
             slower.close()
             sides.remove(slower)
         results = first if options.work == "profile" else alternate(sides, options.rounds, warm=0)
-        for side in sides:
-            side.close()
-        if options.work == "train":
-            whole = ["mldcn_side.py", "waiting", *given(options, Path(name))]
-            sides.append(Side("waiting", whole, options.threads, Path(name) / "waiting.log"))
-            waited = sides[-1].turn()
-            sides.pop().close()
+        last = {side.name: side.close() for side in sides}
     found: Result = {
         "work": options.work,
         "machine": machine(options.threads),
@@ -92,7 +86,7 @@ def measure(options: argparse.Namespace) -> Result:
         best = next(name for name in rates if name.startswith("fuxictr"))
         found |= {"faster_peer": best, "mldcn_to_fuxictr": ratios(results, "mldcn", best, "rate")}
     if options.work == "train":
-        found["mldcn_waiting"] = waited["waited"]
+        found["mldcn_waiting"] = (last["mldcn"] or {})["waited"]
         dense = {side.name: side.about["dense"] for side in sides if "dense" in side.about}
         if len(set(dense.values())) > 1:
             sys.exit(f"the sides' models differ: dense parameters {dense}")
@@ -114,7 +108,7 @@ def show(found: Result) -> None:
     if "faster_peer" in found:
         print(f"mldcn / {found['faster_peer']}: {shown(found['mldcn_to_fuxictr'], 2)}")
     if "mldcn_waiting" in found:
-        print(f"a whole mldcn fit waits for batches {found['mldcn_waiting']:.2%} of its time")
+        print(f"mldcn's loop waits for batches {found['mldcn_waiting']:.2%} of its time")
         print(f"dense parameters, the same on all sides: {found['dense_parameters']:,}")
 
 
@@ -130,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rows is None:
         # One epoch: it also holds the steps before the first turn and those after the last.
-        steps = STEPS * (options.rounds + 4 if options.work == "train" else 4)
+        steps = STEPS * (options.rounds + 3 if options.work == "train" else 4)
         options.rows = 150_000 if options.work == "predict" else steps * BATCH
     found = measure(options)
     show(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -65,33 +64,28 @@ def train(options: Options) -> None:
     class Turns(Observer):
         answers: Answers | None = None
         since = (0, 0.0)
+        held = 0.0
+        over = False
 
         def stepped(self, progress: Progress) -> None:
             now = time.perf_counter()
+            if self.over:
+                return
             if self.answers is None:  # the first steps warm up
                 self.answers = Answers(options.about)
             else:
                 rows = (progress.step - self.since[0]) * options.batch
                 self.answers.send({"rate": rows / (now - self.since[1])})
-            if not self.answers.asked():
-                sys.exit()
+            self.over = not self.answers.asked()
             self.since = (progress.step, time.perf_counter())
+            self.held += self.since[1] - now
 
     options.about |= model(settings, data).parameter_counts()
-    fit(settings, run, data, observers=[Turns()])
-
-
-def waiting(options: Options) -> Callable[[], Result]:
-    """One whole ``fit``, undisturbed: the share of its training time in which it waits for a batch."""
-    from mldcn.training.fit import fit
-
-    settings, data, run = prepared(options)
-
-    def work() -> Result:
-        summary = fit(settings, run, data)
-        return {"rate": summary.rows_per_second, "waited": summary.data_wait_share}
-
-    return work
+    turns = Turns()
+    summary = fit(settings, run, data, observers=[turns])
+    assert turns.answers is not None
+    waited = summary.data_wait_share * summary.seconds
+    turns.answers.send({"waited": waited / (summary.seconds - turns.held)})
 
 
 def model(settings: Any, data: Any) -> Any:
@@ -201,7 +195,6 @@ KINDS = {
 WORK: dict[str, Callable[[Options], Callable[[], Result]]] = {
     "encode": encode,
     "parse": parse,
-    "waiting": waiting,
     "predict": predict,
     "products": products,
     "products-forward": products,

@@ -83,11 +83,14 @@ class Side:
         self._process.stdin.flush()
         return self._answer()
 
-    def close(self) -> None:
-        """Lets the process end."""
+    def close(self) -> Result | None:
+        """Lets the process end; gives what it has to say in the end, if anything."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
+        last = self._process.stdout.readline()
         self._process.wait()
+        return json.loads(last) if last else None
 
     def _answer(self) -> Result:
         assert self._process.stdout is not None
