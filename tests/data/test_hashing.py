@@ -1,9 +1,11 @@
+import itertools
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mldcn.data.hashing import NO_KEY, hash_numbers, hash_texts, splitmix64
+from mldcn.data.hashing import NO_KEY, first_words, hash_numbers, hash_texts, splitmix64
 
 MASK = 2**64 - 1
 
@@ -68,3 +70,11 @@ def test_a_million_ids_collide_nowhere_and_fill_buckets_evenly():
 def test_hash_numbers_depends_on_number_and_seed():
     numbers = np.arange(1000)
     assert len(np.unique(np.concatenate([hash_numbers(numbers, 0), hash_numbers(numbers, 1)]))) == 2000
+
+
+@given(st.lists(st.text(max_size=10), min_size=1, unique=True))
+def test_first_words_sort_as_the_texts_do(texts):
+    heads = first_words(pa.array(texts)).tolist()
+    for a, b in itertools.combinations(range(len(texts)), 2):
+        first, second = texts[a].encode()[:8].ljust(8, b"\0"), texts[b].encode()[:8].ljust(8, b"\0")
+        assert (heads[a] < heads[b]) == (first < second)

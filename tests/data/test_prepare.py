@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mldcn.config import Config, parse
-from mldcn.data import shards
+from mldcn.data import shards, text_log
 from mldcn.data.pipeline import ahead, ordered_map
 from mldcn.data.prepare import prepare
 from mldcn.data.splits import TimesOnDisk
@@ -395,3 +395,32 @@ def test_a_base_of_other_features_is_refused(tmp_path):
     new["schema"]["features"][1]["standardise"] = True
     with pytest.raises(UserError, match="feature 'n' is another of the run to start from"):
         prepare(parse(Config, new, "test.yaml"), tmp_path / "2", base=old)
+
+
+@pytest.mark.parametrize("odd", ["+7", " 7 ", "7e0"])
+@pytest.mark.parametrize("at", [0, 7, 12_000])
+def test_numbers_read_as_numbers_are_those_read_as_texts(tmp_path, monkeypatch, odd, at):
+    monkeypatch.setattr(text_log, "READ_BYTES", 20_000)
+    rows = [f"a,{odd if i == at else '' if i % 5 == 0 else i % 7},0,mon,0\n" for i in range(15_000)]
+    split = {"kind": "order", "valid": 0.0, "test": 0.0}
+    data = prepare(config(log(tmp_path, rows=rows), split, block_rows=1000), tmp_path / "out")
+    filled = [7 if i == at else None if i % 5 == 0 else i % 7 for i in range(15_000)]
+    known = [number for number in filled if number is not None]
+    mean = np.float32(sum(known) / len(known))
+    expected = np.array([mean if number is None else number for number in filled], np.float32)
+    found = np.concatenate([batch.dense[:, 0].numpy() for batch in data.train.batches(4096)])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", ["seven", "nan", "inf", "1e999", "0x10", "-"])
+def test_a_cell_that_is_no_number_is_named_as_it_stands(tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(text_log, "READ_BYTES", 20_000)
+    rows = [f"a,{bad if i == 9_000 else i % 7},0,mon,0\n" for i in range(15_000)]
+    split = {"kind": "order", "valid": 0.0, "test": 0.0}
+    with pytest.raises(UserError, match=rf"log\.csv: row 9001, column 'n': '{bad}' is"):
+        prepare(config(log(tmp_path, rows=rows), split, block_rows=1000), tmp_path / "out")
+    data = prepare(
+        config(log(tmp_path, rows=rows), split, block_rows=1000, on_error="skip"), tmp_path / "out"
+    )
+    assert data.rejected == 1
+    assert len(data.train) == 14_999

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mldcn.data.counting import VocabularyBuilder
 from mldcn.data.encoder import Encoder, bucket_ids, vocabulary_file
 from mldcn.data.parsing import Ids, ParsedBlock, actions_of
-from mldcn.data.pipeline import cores, ordered_map
+from mldcn.data.pipeline import cores, give_memory_back, ordered_map
 from mldcn.data.transforms import (
     Floats,
     Measured,
@@ -151,11 +151,12 @@ class Fitter:
         while sizes and sum(sizes.values()) > memory // 2:
             name = max(sizes, key=lambda name: sizes[name])
             if not sizes.pop(name):
-                return
+                break
             builder = self._builders[name]
             number = list(self._builders).index(name)
             self.store.runs.mkdir(parents=True, exist_ok=True)
             builder.flush(self.store.runs / f"{number:03}-{len(builder.runs):05}.run")
+        give_memory_back()
 
     def save_state(self, path: Path) -> list[str]:
         """Writes all that was seen: counted ids as runs, the rest into a file; gives the runs' names."""

@@ -51,18 +51,7 @@ def hash_texts(texts: pa.Array, seed: int = 0) -> Keys:
         texts = pc.cast(texts, pa.string())
     if len(texts) == 0:
         return np.zeros(0, np.uint64)
-    wide = pa.types.is_large_string(texts.type)
-    valid, offset_buffer, data = texts.buffers()
-    stored = np.frombuffer(offset_buffer, np.int64 if wide else np.int32)
-    stops = stored[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
-    first, last = int(stops[0]), int(stops[-1])
-    # Eight spare bytes, so that the last word of the last text can be read whole.
-    padded = np.zeros(last - first + 8, np.uint8)
-    if last > first:
-        padded[:-8] = np.frombuffer(data, np.uint8)[first:last]
-    words: Keys = np.ndarray((last - first + 1,), np.dtype("<u8"), buffer=padded, strides=(1,))
-    starts = stops[:-1] - first
-    lengths = np.diff(stops)
+    words, starts, lengths = _words(texts, "<u8")
     keys = np.full(len(texts), _start(seed), np.uint64)
     _absorb(keys, words[starts], np.minimum(lengths, 8))
     longest, done = int(lengths.max()), 8
@@ -76,9 +65,32 @@ def hash_texts(texts: pa.Array, seed: int = 0) -> Keys:
     keys += lengths.astype(np.uint64)
     keys = splitmix64(keys)
     keys[keys == NO_KEY] = 1
-    if valid is not None and texts.null_count:
+    if texts.null_count:
         keys[pc.is_null(texts).to_numpy(zero_copy_only=False)] = NO_KEY
     return keys
+
+
+def first_words(texts: pa.Array) -> Keys:
+    """The first 8 bytes of each text as a number that sorts as they do, ``(n,)``; shorter texts end with zeros."""
+    words, starts, lengths = _words(texts, ">u8")
+    kept = ~(np.uint64(2**64 - 1) >> (8 * np.minimum(lengths, 7)).astype(np.uint64))
+    kept[lengths >= 8] = np.uint64(2**64 - 1)
+    return words[starts].astype(np.uint64) & kept
+
+
+def _words(texts: pa.Array, kind: str) -> tuple[Keys, NDArray[np.int64], NDArray[np.int64]]:
+    """The 8 bytes from each byte of the texts on, where each text begins, and how many bytes it has."""
+    wide = pa.types.is_large_string(texts.type)
+    _, offset_buffer, data = texts.buffers()
+    stored = np.frombuffer(offset_buffer, np.int64 if wide else np.int32)
+    stops = stored[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    first, last = int(stops[0]), int(stops[-1])
+    # Eight spare bytes, so that the last word of the last text can be read whole.
+    padded = np.zeros(last - first + 8, np.uint8)
+    if last > first:
+        padded[:-8] = np.frombuffer(data, np.uint8)[first:last]
+    words: Keys = np.ndarray((last - first + 1,), np.dtype(kind), buffer=padded, strides=(1,))
+    return words, stops[:-1] - first, np.diff(stops)
 
 
 def _absorb(keys: Keys, words: Keys, lengths: NDArray[np.integer]) -> None:

@@ -50,11 +50,22 @@ class Ids:
     texts: pa.Array
 
     @classmethod
-    def of(cls, texts: pa.Array) -> Ids:
-        """One id a row, ``(n,)`` texts, nulls missing."""
+    def of(cls, texts: pa.Array, meant: Callable[[pa.Array], pa.Array] = lambda texts: texts) -> Ids:
+        """One id a row, ``(n,)`` texts, nulls missing.
+
+        Args:
+            texts: as they were read.
+            meant: the ids that they stand for; it is given each distinct text once.
+        """
         coded = texts.dictionary_encode()
-        codes = pc.fill_null(coded.indices, -1) if coded.null_count else coded.indices
-        return cls(codes.to_numpy()[:, None], hash_texts(coded.dictionary), coded.dictionary)
+        codes = (pc.fill_null(coded.indices, -1) if coded.null_count else coded.indices).to_numpy()
+        distinct = meant(coded.dictionary)
+        if distinct is not coded.dictionary:
+            # Two texts may stand for one id. The last code is that of a missing one, -1.
+            again = distinct.dictionary_encode()
+            distinct = again.dictionary
+            codes = np.append(pc.fill_null(again.indices, -1).to_numpy(), np.int32(-1))[codes]
+        return cls(codes[:, None], hash_texts(distinct), distinct)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,22 @@ def columns(schema: Schema, *, labels: bool) -> tuple[tuple[str, ...], tuple[str
     others = (schema.weight, schema.position, schema.request, schema.user, schema.time)
     optional = [name for name in others if name is not None and name not in needed]
     return tuple(dict.fromkeys(needed)), tuple(dict.fromkeys(optional))
+
+
+def number_columns(schema: Schema) -> set[str]:
+    """The columns that numeric features are made of, and nothing else."""
+    numeric = {f.log_column for f in schema.features if isinstance(f, Numeric | Bucketised)}
+    uses = Counter(
+        [
+            *(f.log_column for f in schema.features if not isinstance(f, Numeric | Bucketised)),
+            *(label.log_column for label in schema.labels),
+            *(schema.weight, schema.position, schema.request, schema.user, schema.time),
+        ]
+    )
+    for feature in schema.features:
+        if isinstance(feature, Sequence):
+            uses.update([feature.times, feature.actions])
+    return {name for name in numeric if not uses[name]}
 
 
 def salvage(block: RawBlock, work: Callable[[RawBlock], Out]) -> tuple[Out, RawBlock]:
@@ -211,7 +238,10 @@ def _times(block: RawBlock, name: str | None, *, required: bool) -> cells.Floats
 
 
 def _single(block: RawBlock, name: str) -> Ids:
-    return Ids.of(cells.texts(block, name))
+    array = cells.column(block, name)
+    if not cells.is_text(array.type):
+        return Ids.of(cells.texts(block, name, array))
+    return Ids.of(array, lambda distinct: cells.texts(block, name, distinct))
 
 
 def _key(block: RawBlock, name: str | None) -> NDArray[np.int64]:

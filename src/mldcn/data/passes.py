@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit
 from mldcn.data.encoder import Encoder
 from mldcn.data.fitting import Fitter
-from mldcn.data.parsing import ParsedBlock, parse, salvage
+from mldcn.data.parsing import ParsedBlock, number_columns, parse, salvage
 from mldcn.data.pipeline import ahead, cores, ordered_map
 from mldcn.data.reading import BLOCK_BYTES, LogReader, RawBlock, expand
 from mldcn.data.rejects import Reject
@@ -160,11 +160,13 @@ class LogPasses:
             work: what to do; called again without the rows that it refuses, where bad rows are skipped.
             skip: leave out so many blocks at the beginning: they are read, and nothing is done with them.
         """
-        columns = [*self._schema.columns(), *(rule.columns if rule is not None else ())]
+        others = rule.columns if rule is not None else ()
+        columns = [*self._schema.columns(), *others]
+        numbers = number_columns(self._schema) - set(others)
 
         def jobs() -> Iterator[tuple[RawBlock, int]]:
             row = 0
-            for number, block in enumerate(self._blocks(stage, part, columns)):
+            for number, block in enumerate(self._blocks(stage, part, columns, numbers)):
                 if number >= skip:
                     yield block, row
                 row += block.span
@@ -182,13 +184,15 @@ class LogPasses:
             self._rejected(rejects)
             yield out, parts
 
-    def _blocks(self, stage: str, part: Part, columns: list[str]) -> Iterator[RawBlock]:
+    def _blocks(
+        self, stage: str, part: Part, columns: list[str], numbers: Collection[str] = ()
+    ) -> Iterator[RawBlock]:
         if not self.files[part]:
             return
         whole = stage in ("fit", "encode")
         reader = LogReader(self.files[part], self._data, digests=whole)
         rows = 0
-        for block in ahead(reader.blocks(list(dict.fromkeys(columns))), lead=1):
+        for block in ahead(reader.blocks(list(dict.fromkeys(columns)), numbers=numbers), lead=1):
             yield block
             rows += block.span
             self.progress(stage, rows, reader.bytes_done, reader.bytes_total)

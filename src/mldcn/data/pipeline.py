@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import threading
@@ -9,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+import pyarrow as pa
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -77,6 +80,14 @@ def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int | N
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def give_memory_back() -> None:
+    """Returns freed memory to the system, which allocators else keep for later, in pieces too small to use."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def cores() -> int:

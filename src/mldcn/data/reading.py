@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -134,8 +134,17 @@ class LogReader:
         """Bytes of all files as they lie on the disk."""
         return sum(self.sizes)
 
-    def blocks(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[RawBlock]:
-        """See :func:`open_log`."""
+    def blocks(
+        self, columns: Sequence[str], optional: Sequence[str] = (), numbers: Collection[str] = ()
+    ) -> Iterator[RawBlock]:
+        """See :func:`open_log`.
+
+        Args:
+            columns: the columns to read; none means all.
+            optional: columns that are read where the log has them.
+            numbers: those of ``columns`` that nothing but numbers is made of: where a text log has only numbers
+                there, they come as numbers.
+        """
         self.bytes_done = 0
         skip = self.data.on_error == "skip"
         for path, kind, size in zip(self.files, self.formats, self.sizes, strict=True):
@@ -143,7 +152,7 @@ class LogReader:
             if size == 0:
                 raise UserError(f"{path}: is empty; remove it from the data's files or write it again")
             row = 1
-            pieces = self._pieces(path, kind, columns, optional)
+            pieces = self._pieces(path, kind, columns, optional, numbers)
             for cut in _Reblocker(self.data.block_rows).blocks(pieces):
                 block = RawBlock(cut.table, str(path), row, cut.numbers, cut.rejects, skip)
                 row += block.span
@@ -180,12 +189,17 @@ class LogReader:
         return wanted
 
     def _pieces(
-        self, path: Path, kind: Format, columns: Sequence[str], optional: Sequence[str]
+        self,
+        path: Path,
+        kind: Format,
+        columns: Sequence[str],
+        optional: Sequence[str],
+        numbers: Collection[str],
     ) -> Iterator[Piece]:
         log = self._log(path, kind)
         wanted = self._wanted(path, log.names(), columns, optional)
         before, size = self.bytes_done, path.stat().st_size
-        for piece in log.pieces(wanted):
+        for piece in log.pieces(wanted, numbers) if isinstance(log, TextLog) else log.pieces(wanted):
             yield piece
             done = log.bytes_done if isinstance(log, TextLog) else int(size * log.share_done)
             self.bytes_done = before + done
@@ -255,6 +269,11 @@ class _Reblocker:
     def blocks(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """The blocks of one file; each column in one chunk."""
         for piece in pieces:
+            # A block's columns have one type, though a text log's may turn from numbers to texts.
+            if self._tables and self._tables[0].schema != piece.table.schema:
+                if self._rows:
+                    yield self._cut(self._rows)
+                self._tables = []
             self._tables.append(piece.table)
             if piece.numbers is not None:
                 self._numbers.append(piece.numbers)

@@ -6,13 +6,15 @@ line ends inside quotes counts once.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +54,10 @@ class Piece:
     table: pa.Table
     numbers: NDArray[np.int64] | None = None
     rejects: tuple[Reject, ...] = ()
+
+
+class _NoNumber(Exception):
+    """A cell is no finite number."""
 
 
 class TextLog:
@@ -123,12 +129,31 @@ class TextLog:
             f"{self._path}: the compressed file is cut short or damaged after row {rows} ({error}); copy it again"
         )
 
-    def pieces(self, wanted: Sequence[str]) -> Iterator[Piece]:
+    def pieces(self, wanted: Sequence[str], numbers: Collection[str] = ()) -> Iterator[Piece]:
         """The rows, in order; the last piece may have none.
+
+        Args:
+            wanted: the columns.
+            numbers: those to be read as numbers, which is faster. At the first cell that is no finite number,
+                all are texts from there on.
 
         Raises:
             UserError: a row cannot be read, and bad rows are not skipped, or the rest of the file is lost.
         """
+        done = 0
+        if numbers:
+            with contextlib.suppress(_NoNumber):
+                for piece in self._pieces(wanted, numbers):
+                    for name in numbers:
+                        if not pc.all(pc.is_finite(piece.table[name]), min_count=0).as_py():
+                            raise _NoNumber
+                    yield piece
+                    done += 1
+                return
+        # The file is cut into the same pieces again.
+        yield from islice(self._pieces(wanted, ()), done, None)
+
+    def _pieces(self, wanted: Sequence[str], numbers: Collection[str]) -> Iterator[Piece]:
         names = self.names()
         lines = _Lines(str(self._path), names, self._data, self._delimiter)
         with self._path.open("rb") as raw:
@@ -137,17 +162,23 @@ class TextLog:
                 source = _Source(
                     _decompressed(raw, self._counted), (_END + self._delimiter * len(names)).encode()
                 )
-                for batch in self._batches(source, wanted, lines):
+                for batch in self._batches(source, wanted, numbers, lines):
+                    if numbers and source.damaged:
+                        raise _NoNumber
                     yield lines.piece(pa.Table.from_batches([batch]), damaged=source.damaged)
             except (pa.ArrowException, OSError) as error:
+                if numbers and "CSV conversion error" in str(error):
+                    raise _NoNumber from None
                 raise lines.problem or self._lost(lines, source.error or error) from None
         if source.error is not None:
             raise self._cut(lines.rows, source.error)
         if not lines.ended:
             raise lines.open_quote(lines.rows)
-        yield lines.rest(wanted)
+        yield lines.rest(_types(wanted, numbers))
 
-    def _batches(self, source: Any, wanted: Sequence[str], lines: _Lines) -> Iterator[pa.RecordBatch]:
+    def _batches(
+        self, source: Any, wanted: Sequence[str], numbers: Collection[str], lines: _Lines
+    ) -> Iterator[pa.RecordBatch]:
         data = self._data
         reader = arrow_csv.open_csv(
             pa.PythonFile(source, mode="r"),
@@ -165,7 +196,7 @@ class TextLog:
             convert_options=arrow_csv.ConvertOptions(
                 # The source gives only UTF-8.
                 check_utf8=False,
-                column_types=dict.fromkeys(wanted, pa.string()),
+                column_types=_types(wanted, numbers),
                 include_columns=list(wanted),
                 null_values=list(data.missing),
                 strings_can_be_null=True,
@@ -186,6 +217,10 @@ class TextLog:
         return UserError(
             f"{self._path}: cannot be read after row {lines.rows} ({reason}); mend or remove the row that follows"
         )
+
+
+def _types(wanted: Sequence[str], numbers: Collection[str]) -> dict[str, pa.DataType]:
+    return {name: pa.float64() if name in numbers else pa.string() for name in wanted}
 
 
 class _Lines:
@@ -253,11 +288,11 @@ class _Lines:
             rejects = sorted([*rejects, *bad.values()], key=lambda reject: reject.row)
         return Piece(table, numbers if self._skip else None, tuple(rejects))
 
-    def rest(self, wanted: Sequence[str]) -> Piece:
+    def rest(self, types: dict[str, pa.DataType]) -> Piece:
         """What is left at the end: malformed lines after the last row."""
         rejects = tuple(self._malformed)
         self.rows += len(rejects)
-        table = pa.table({name: pa.array([], pa.string()) for name in wanted})
+        table = pa.table({name: pa.array([], kind) for name, kind in types.items()})
         return Piece(table, np.zeros(0, np.int64) if self._skip else None, rejects)
 
     def _not_utf8(self, table: pa.Table, numbers: NDArray[np.int64]) -> dict[int, Reject]:

@@ -125,10 +125,6 @@ class Vocabulary:
             digest.update(self._rows[start : start + _CHUNK].tobytes())
         return digest.hexdigest()
 
-    def detach(self) -> None:
-        """Forgets the file's name, which is about to lose its meaning; its content stays mapped."""
-        self._path = None
-
     def save(self, path: Path) -> None:
         """Writes the vocabulary's file; the file of one that was read is copied."""
         if self._path is not None:
