@@ -256,3 +256,14 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
     MLflow("name", {}, note, resume=True)
     MLflow("name", {}, note, resume=False)
     assert started == ["name", "id-1", "name"]
+
+
+def test_damaged_checkpoints_are_passed_over_and_said(cut, work, capsys):
+    newest, *older = sorted((cut / "checkpoints").iterdir(), reverse=True)
+    assert not older  # keep_checkpoints is 1 here
+    part = newest / "state.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    command("fit", "--resume", cut)
+    assert "no checkpoint is whole; training begins anew" in capsys.readouterr().err
+    for name in FILES:
+        assert (cut / name).read_bytes() == (work / "whole" / name).read_bytes(), name

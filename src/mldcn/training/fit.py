@@ -164,10 +164,17 @@ class Trainer:
     def fit(self, resume: bool) -> Summary:
         """Trains to the end, then measures the best weights."""
         try:
-            notes = self._begin(resume)
+            restored, notes = self._resume() if resume else (False, [])
+            if not restored:
+                self.history.clear()
+            self._describe_run()
             for observer in self.observers:
                 observer.started(self.run.path.name, self.total_steps, self.position.step)
             self._note(notes)
+            if not restored:
+                if self.warm_start is not None and self.data.valid is not None:
+                    self._validate()
+                self._checkpoint(anchor=True)
             with stop_signals() as asked, self.clock.running():
                 self._train(asked)
             return self._conclude()
@@ -423,22 +430,16 @@ class Trainer:
             observer.finished(metrics)
         return summary
 
-    def _begin(self, resume: bool) -> list[str]:
-        """Takes up the newest checkpoint, or writes the first; gives what there is to say about it."""
-        found = load_checkpoint(self.run.checkpoints) if resume else None
-        if found is not None:
-            self._check(found.state)
-            self._restore(found.state)
-            self.history.restore(found.state["history"])
-            self._describe_run()
-            return [f"checkpoint {name} is damaged; an older one is taken" for name in found.damaged]
-        lost = resume and self.run.checkpoints.exists() and any(self.run.checkpoints.iterdir())
-        self.history.clear()
-        self._describe_run()
-        if self.warm_start is not None and self.data.valid is not None:
-            self._validate()
-        self._checkpoint(anchor=True)
-        return ["no checkpoint is whole; training begins anew"] if lost else []
+    def _resume(self) -> tuple[bool, list[str]]:
+        """Takes up the newest whole checkpoint; says whether there was one, and what else there is to say."""
+        found = load_checkpoint(self.run.checkpoints)
+        if found is None:
+            lost = self.run.checkpoints.exists() and any(self.run.checkpoints.iterdir())
+            return False, ["no checkpoint is whole; training begins anew"] if lost else []
+        self._check(found.state)
+        self._restore(found.state)
+        self.history.restore(found.state["history"])
+        return True, [f"checkpoint {name} is damaged; an older one is taken" for name in found.damaged]
 
     def _describe_run(self) -> None:
         """Writes what the run is made of, again when it is resumed: a damaged file would otherwise be kept."""
