@@ -256,7 +256,8 @@ def times(block: RawBlock, name: str, array: pa.Array | None = None, lists: List
         instants = _instants(array)
         if instants is None:
             no_instants = failures(array, _all_instants)
-            bad = min(list(no_numbers), list(no_instants), key=len)
+            # Of as many, the date-times are right: what is left of a damaged one may be a number.
+            bad = min(list(no_instants), list(no_numbers), key=len)
             problem = "is neither a number nor an ISO date-time, as its neighbours are; mend the row"
             raise _elements(block, name, array, lists, ((index, problem) for index in bad))
         array = instants

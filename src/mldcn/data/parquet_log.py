@@ -23,6 +23,8 @@ from mldcn.errors import UserError
 _BATCH_ROWS = 8_192
 _BATCH_BYTES = 4 << 20
 _BUFFER_BYTES = 256 << 10
+# More elements than a list of the metadata has: a damaged length keeps the reader busy for so long.
+_LONGEST_LIST = 100_000
 # What a damaged file makes the reader raise; it also builds Python objects from damaged names and numbers.
 _DAMAGE = (
     pa.ArrowException,
@@ -61,7 +63,11 @@ class ParquetLog:
     def _open(self) -> pq.ParquetFile:
         try:
             file = pq.ParquetFile(
-                self._path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+                self._path,
+                pre_buffer=False,
+                buffer_size=_BUFFER_BYTES,
+                page_checksum_verification=True,
+                thrift_container_size_limit=_LONGEST_LIST,
             )
             [name.encode() for name in file.schema_arrow.names]
         except _DAMAGE as error:
