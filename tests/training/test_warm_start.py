@@ -15,6 +15,7 @@ from mldcn.errors import UserError
 from mldcn.model import Ranker
 from mldcn.predict import Predictor
 from mldcn.run import RunFolder, checksum
+from mldcn.training import warm_start
 from mldcn.training.fit import Trainer, fit
 from mldcn.training.warm_start import STATE, WarmStart
 
@@ -116,7 +117,8 @@ def test_without_new_ids_and_steps_the_predictions_are_the_runs(home, tmp_path, 
     assert torch.equal(logits(bare.model, data), expected)
 
 
-def test_old_rows_stay_and_new_ones_are_a_fresh_tables(home, tmp_path):
+def test_old_rows_stay_and_new_ones_are_a_fresh_tables(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_start, "_ROWS", 3)  # so that tables are copied in several pieces
     trainer, data = warm_trainer(home, tmp_path, 2)
     old, layout = Predictor.load(home / "run"), data.encoder.layout
     torch.manual_seed(0)  # the config's seed
@@ -185,7 +187,8 @@ def test_with_the_state_kept_the_next_step_is_the_one_the_run_would_have_made(ho
                 torch.testing.assert_close(second.model.state_dict()[name], weights)
 
 
-def test_the_tables_state_goes_where_the_rows_went(home, tmp_path):
+def test_the_tables_state_goes_where_the_rows_went(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_start, "_ROWS", 3)
     trainer, _ = warm_trainer(home, tmp_path, 2)
     old, saved = Predictor.load(home / "run").model.embedder, load_file(home / "run" / STATE)
     ((name, table),) = trainer.model.embedder.tables().items()

@@ -42,6 +42,7 @@ STATE = "optimiser.safetensors"
 _MANIFEST = "manifest.json"
 # A label's weight in the loss and its sampling change nothing that a run has learned to read.
 _FREE_OF_LABELS = {"weight", "negative_sampling_rate"}
+_ROWS = 1 << 18  # copied at a time
 _ANEW = "or train without --warm-start"
 
 
@@ -260,7 +261,9 @@ def _copy(file: Any, prefix: str, targets: Mapping[str, Tensor], moves: Moves) -
 
 def _move(saved: Any, target: Tensor, moves: Sequence[tuple[slice, slice]]) -> None:
     for old, new in moves:
-        target[new].copy_(saved[old.start : old.stop])
+        for first in range(old.start, old.stop, _ROWS):
+            last = min(first + _ROWS, old.stop)
+            target[new][first - old.start : last - old.start].copy_(saved[first:last])
 
 
 def _row_state(file: Any, name: str, parameter: Tensor, moves: Moves) -> dict[str, Tensor]:
