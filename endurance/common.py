@@ -41,7 +41,7 @@ def write_small_log(folder: Path, rows: int = 3000, format: str = "parquet", **t
     world = PinadsConfig(num_users=300, num_items=150, num_advertisers=20)
     write_log(folder, rows, world, format=format)  # type: ignore[arg-type]
     raw = pinads_config(folder.resolve(), format=format)
-    raw["data"] |= {"encoded": str(folder.resolve() / "encoded"), "block_rows": 700}
+    raw["data"] |= {"encoded": str(folder.resolve() / "encoded"), "block_rows": max(rows // 5, 1)}
     raw["model"] = {
         "embedding": {"dim": 4},
         "interaction": {"name": "mldcn", "num_layers": 2, "rank": 8, "dropout": 0.1},

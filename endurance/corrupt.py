@@ -26,7 +26,7 @@ import tempfile
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,10 @@ def read_checkpoint(folder: Path, facts: dict[str, Any]) -> str:
     """``mldcn fit --resume``: loads the state alone, since :func:`read_interrupted` goes on from it."""
     from mldcn.training.checkpoint import load_checkpoint
 
-    state = load_checkpoint(folder)
-    if state is None:
+    loaded = load_checkpoint(folder)
+    if loaded is None:
         return "rebuilt"  # the run starts anew
-    found = digest_state(state)
+    found = digest_state(loaded.state)
     return "same" if found == facts["states"][0] else "rebuilt" if found in facts["states"] else "different"
 
 
@@ -235,8 +235,8 @@ def read_log(folder: Path, facts: dict[str, Any]) -> str:
     return "different" if log.suffix in (".gz", ".zst") else "read"
 
 
-def build(work: Path) -> None:
-    """Makes one undamaged artefact of each kind."""
+def build(work: Path, rows: int, skip: Sequence[str] = ()) -> None:
+    """Makes one undamaged artefact of each kind, but those that are skipped."""
     import polars as pl
 
     from mldcn import workflow
@@ -257,24 +257,24 @@ def build(work: Path) -> None:
                 raise KeyboardInterrupt
 
     # With this min_delta the first weights stay the best: a resumed run needs them.
-    path = write_small_log(work / "log", min_delta=1.0)
+    path = write_small_log(work / "log", rows, min_delta=1.0)
     config = load_config(path)
     data = prepare(config, work / "log" / "encoded")
     shutil.copytree(work / "log" / "encoded", work / "encoded")
     build_partial(path, work / "partial")
-    build_study(path, work)
+    if "study" not in skip:
+        build_study(path, work)
     workflow.train(config, RunFolder.create(work / "run"))
     with contextlib.suppress(KeyboardInterrupt):
         workflow.train(config, RunFolder.create(work / "interrupted"), observers=[Stop()])
     checkpoints = work / "interrupted" / "checkpoints"
     shutil.copytree(checkpoints, work / "checkpoint")
-    newest = load_checkpoint(checkpoints)
     older = work / "older"
     shutil.copytree(checkpoints, older)
-    states = [digest_state(newest)]
-    while steps := sorted(older.glob("step-*")):
-        shutil.rmtree(steps[-1])
-        states += [digest_state(state) for state in [load_checkpoint(older)] if state is not None]
+    states = []
+    while loaded := load_checkpoint(older):
+        states.append(digest_state(loaded.state))
+        shutil.rmtree(sorted(older.glob("step-*"))[-1])
     log = work / "log" / "pinads.parquet"
     write_raw_logs(pl.read_parquet(log), work)
     facts = {
@@ -282,7 +282,7 @@ def build(work: Path) -> None:
         "log": str(log),
         "encoded": digest_encoded(data),
         "encoded_files": digest_files(work / "encoded"),
-        "study": digest_study(work / "study"),
+        "study": digest_study(work / "study") if "study" not in skip else None,
         "states": states,
         "results": digest_results(work / "run"),
         "used": use_run(work / "run", log),
@@ -386,7 +386,7 @@ def artefacts(work: Path) -> dict[str, Artefact]:
         made("study", read_study, skip=("dataset.yaml", "log", "encoded", "results")),
         *(made(f"raw-log.{kind}", read_log) for kind in ("csv", "csv.gz", "csv.zst", "parquet")),
     ]
-    return {artefact.name: artefact for artefact in found}
+    return {artefact.name: artefact for artefact in found if artefact.kinds}
 
 
 def damaged_copy(artefact: Artefact, trial: Trial, seed: int, folder: Path) -> str:
@@ -494,22 +494,32 @@ def through_the_command_line(
 
 
 def check(
-    work: Path, *, copies: int, first: int = 0, seed: int = 0, only: str | None = None, commands: int = 0
+    work: Path,
+    *,
+    copies: int,
+    rows: int = 3000,
+    first: int = 0,
+    seed: int = 0,
+    only: str | None = None,
+    skip: Sequence[str] = (),
+    commands: int = 0,
 ) -> tuple[dict[tuple[str, str], Counter[str]], list[str]]:
     """Runs everything.
 
     Args:
         work: an empty folder.
         copies: of every kind of file.
+        rows: of the log that they are made from.
         first: number of the first copy.
         seed: of the damage.
         only: ``artefact/kind``, or the beginning of it.
+        skip: artefacts to leave out.
         commands: copies of each artefact that go through the command line too.
 
     Returns:
         For each kind of file how often what came of it, and the violations, ready to print.
     """
-    builder = in_process(build, work)
+    builder = in_process(build, work, rows, skip)
     builder.join()
     if builder.exitcode:
         raise RuntimeError("the undamaged artefacts could not be made")
@@ -518,6 +528,7 @@ def check(
         for artefact in artefacts(work).values()
         for kind in artefact.kinds
         if only is None or f"{artefact.name}/{kind}".startswith(only)
+        if artefact.name not in skip
         for number in range(first, first + copies)
     ]
     counts: dict[tuple[str, str], Counter[str]] = {}

@@ -140,7 +140,8 @@ def judge(
         return "refused", f"exit code {code}: {err[-1500:]}"
     if not message.startswith("mldcn: ") or not any(word in message for word in FULL):
         return "refused", f"not clear: {err[-500:]}"
-    if REMEDY not in message or "/" not in message.partition(REMEDY)[0]:
+    place = message.removeprefix("mldcn: ").partition(":")[0]
+    if REMEDY not in message or place in ("", "system"):
         return "refused", f"names no file, or no remedy: {message}"
     wrong = passes_for_whole(life, command, whole)
     return "refused", f"half-written, but looks whole: {wrong}" if wrong else ""
