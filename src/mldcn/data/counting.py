@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mldcn.data.batch import RESERVED_ROWS
 from mldcn.data.hashing import NO_KEY, Keys, first_words
+from mldcn.data.pipeline import give_memory_back
 from mldcn.data.vocabulary import KeyIndex, Vocabulary, VocabularyWriter
 from mldcn.run import atomic
 
@@ -263,6 +264,7 @@ def _grouped(runs: Sequence[pa.Table], memory: int) -> Iterator[pa.Table]:
         counts = np.add.reduceat(table["count"].to_numpy()[order], begins)
         values = table["value"].take(pa.array(order[begins]))
         yield pa.table([joined[begins], counts, values], schema=_SCHEMA)
+        give_memory_back()
 
 
 def _merged(runs: Sequence[pa.Table], memory: int) -> Iterator[pa.Table]:
@@ -281,6 +283,7 @@ def _merged(runs: Sequence[pa.Table], memory: int) -> Iterator[pa.Table]:
         starts = stops
         if parts:
             yield from _in_order(pa.concat_tables(parts).combine_chunks())
+            give_memory_back()
 
 
 def _in_order(table: pa.Table) -> Iterator[pa.Table]:

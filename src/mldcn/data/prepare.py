@@ -24,7 +24,7 @@ from mldcn.data.encoder import EncodedBlock, Encoder
 from mldcn.data.fitting import Fitter, MeasuredBlock, Statistics, Store
 from mldcn.data.partial import Partial, PartialRejects, read_sealed, write_sealed
 from mldcn.data.passes import LogPasses, Progress, rows_of
-from mldcn.data.pipeline import ordered_map
+from mldcn.data.pipeline import give_memory_back, ordered_map
 from mldcn.data.reading import RawBlock
 from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
@@ -216,7 +216,9 @@ class _Preparation:
                     self._save(blocks=blocks, fitter=fitter, runs=runs)
             self._rejects.refuse_all(int(counts.sum()))
             self._passes.check(rule, counts)
+            give_memory_back()
             self._fitter.finish().save(self._folder / "encoder")
+            give_memory_back()
             note()
             if self._long():
                 spool.sync()

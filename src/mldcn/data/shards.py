@@ -39,6 +39,7 @@ WINDOW_BYTES = 256 << 20
 FILE_ROWS = 1 << 20
 
 _MANIFEST = "manifest.json"
+_OPEN_BLOCKS = 1_024
 _MATRICES = ("ids", "dense", "labels")
 _BATCH = ("ids", "dense", "labels", "weight", "position")
 _TYPES: dict[str, pa.DataType] = {
@@ -370,6 +371,9 @@ class EncodedRows:
         """One column of one block, as it lies in the file."""
         if block not in self._open_blocks:
             which, at = self._blocks[block]
+            # Only descriptions of mapped memory, but a long log has many.
+            if len(self._open_blocks) >= _OPEN_BLOCKS:
+                self._open_blocks.clear()
             self._open_blocks[block] = self._readers[which].get_batch(at)
         if self._widths.get(name, 1) == 0:
             return np.empty((int(self._starts[block + 1] - self._starts[block]), 0), np.float32)
