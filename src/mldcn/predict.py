@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mldcn.config import Config, load_config
 from mldcn.data.encoder import EncodedBlock, Encoder
 from mldcn.data.parsing import salvage
+from mldcn.data.pipeline import ahead
 from mldcn.data.reading import RawBlock, open_log, table_blocks
 from mldcn.data.rejects import Reject, RejectsFile
 from mldcn.errors import UserError
@@ -80,7 +81,10 @@ class Predictor:
         for start in range(0, len(block.ids), size):
             ids = torch.from_numpy(block.ids[start : start + size]).to(self.device)
             dense = torch.from_numpy(block.dense[start : start + size]).to(self.device)
-            parts.append(torch.sigmoid(self.model(ids, dense).float()).cpu().numpy())
+            logits = self.model.relevance(ids, dense)
+            if self.model.position_bias is not None:
+                logits = logits + self.model.position_logit(None)
+            parts.append(torch.sigmoid(logits.float()).cpu().numpy())
         scores = np.concatenate(parts) if parts else np.zeros((0, len(self.tasks)), np.float32)
         # The calibrators were fitted on the log as it is, so they come before its sampling is undone.
         scores = calibrated(scores, self.tasks, self.calibrators)
@@ -153,13 +157,18 @@ def predict_file(
     done = 0
     beside = target.with_name(f"{target.stem}.rejects.csv")
 
+    def encode(block: RawBlock) -> EncodedBlock:
+        return predictor.encoder.encode(block, labels=False)
+
     def scored(rejects: RejectsFile) -> Iterator[pa.Table]:
         nonlocal done
-        for raw in open_log(files, predictor.config.data, columns):
-            scores, block = salvage(raw, predictor.predict_block)
+        # The next block is read and encoded while this one is scored.
+        raw_blocks = open_log(files, predictor.config.data, columns)
+        for rows, block in ahead((salvage(raw, encode) for raw in raw_blocks), lead=1):
             rejects.add(block.rejects)
             if not len(block):
                 continue
+            scores = predictor.predict_encoded(rows)
             kept = {name: block.table[name] for name in keep}
             named = {f"{PROBABILITY}{task}": scores[:, i] for i, task in enumerate(predictor.tasks)}
             yield pa.table({**kept, **named})
