@@ -244,15 +244,24 @@ def test_normal_training_is_not_changed_by_being_watched(log, tmp_path):
     assert weights(RunFolder(tmp_path / "a")) == weights(RunFolder(tmp_path / "b"))
 
 
+@pytest.fixture(scope="module")
+def troubled(log, tmp_path_factory):
+    """A run whose batches 3 and 6 of the second epoch are bad, and that nothing else disturbed."""
+    config, data = log
+    run = RunFolder.create(tmp_path_factory.mktemp("troubled") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, {(1, 3), (1, 6)}, with_price(math.nan))
+        fit(config, run, data)
+    return run
+
+
 @pytest.mark.parametrize("minutes", [1e-9, 10.0], ids=["a checkpoint a step", "few"])
-@pytest.mark.parametrize("killed_at", [17, 19, 22, 24, 40])
+@pytest.mark.parametrize("killed_at", [17, 19, 24, 40])
 def test_a_run_with_trouble_that_is_killed_and_resumed_ends_with_the_same_bits(
-    log, tmp_path, monkeypatch, minutes, killed_at
+    log, troubled, tmp_path, monkeypatch, minutes, killed_at
 ):
-    """Batches 3 and 6 of the second epoch are bad; the 15 steps of the first end with a checkpoint."""
     config, data = log
     spoil(monkeypatch, {(1, 3), (1, 6)}, with_price(math.nan))
-    fit(config, RunFolder.create(tmp_path / "whole"), data)
     wanted = config.model_copy(
         update={"training": config.training.model_copy(update={"checkpoint_minutes": minutes})}
     )
@@ -270,4 +279,4 @@ def test_a_run_with_trouble_that_is_killed_and_resumed_ends_with_the_same_bits(
     summary = fit(wanted, run, data, resume=True)
     assert len(summary.troubles) == 2
     for name in ("weights.safetensors", "metrics.json", "history.jsonl", "predictions.arrow"):
-        assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (run.path / name).read_bytes() == (troubled.path / name).read_bytes(), name
