@@ -183,3 +183,39 @@ def test_a_folder_with_one_corrupt_part_names_it(tmp_path):
     write(tmp_path / "part-1.parquet", whole[:-20])
     with pytest.raises(UserError, match="part-1.parquet: no readable Parquet"):
         rows_of(tmp_path)
+
+
+def test_a_row_group_is_not_held_whole(tmp_path):
+    rows = 300_000
+    ids = pa.array(range(10**12, 10**12 + rows)).cast(pa.string())
+    table = pa.table({"a": ids, "b": ids, "c": ids})
+    pq.write_table(
+        table, tmp_path / "log.parquet", row_group_size=rows, compression="none", use_dictionary=False
+    )
+    whole = table.nbytes
+    del table, ids
+    before = pa.total_allocated_bytes()
+    held = [
+        pa.total_allocated_bytes() - before
+        for _ in open_log([tmp_path / "log.parquet"], DataConfig(block_rows=4096), ["a", "b", "c"])
+    ]
+    assert len(held) == 74
+    assert max(held) < whole / 2
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.parquet"])
+def test_wide_rows_make_shorter_blocks_with_the_same_rows(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("mldcn.data.reading.BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("mldcn.data.text_log.READ_BYTES", 4_096)
+    monkeypatch.setattr("mldcn.data.parquet_log._BATCH_BYTES", 4_096)
+    rows = [(str(i), "x" * (7 * i % 900)) for i in range(1, 300)]
+    if name == "log.csv":
+        write(tmp_path / name, "a,b\n" + "".join(f"{a},{b}\n" for a, b in rows))
+    else:
+        columns = dict(zip("ab", map(list, zip(*rows, strict=True)), strict=True))
+        pq.write_table(pa.table(columns), tmp_path / name, use_dictionary=False)
+    blocks = list(open_log([tmp_path / name], DataConfig(block_rows=200), ["a", "b"]))
+    assert max(block.table.nbytes for block in blocks) < 40_000
+    assert len(blocks) > 4
+    assert [block.first_row for block in blocks[1:]] == [b.first_row + len(b) for b in blocks[:-1]]
+    assert rows_of(tmp_path / name) == [(a, b or None) for a, b in rows]
