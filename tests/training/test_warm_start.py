@@ -294,6 +294,15 @@ def test_rarity_of_ids_and_training_are_free_to_change(home):
     WarmStart.open(home / "run", "refresh", "keep").adapt(parse(Config, raw, "test"))
 
 
+def test_a_resumed_run_wants_the_run_that_it_began_with(home, tmp_path):
+    note = WarmStart.open(home / "run", "refresh", "keep").note()
+    assert WarmStart.reopen(note).note() == note
+    with pytest.raises(UserError, match=r"that this one was started from: .*gone: is no run's folder"):
+        WarmStart.reopen({**note, "run": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match="is not the run any more"):
+        WarmStart.reopen({**note, "crc32": "00000000"})
+
+
 def test_an_unfinished_damaged_or_stateless_run_is_refused(home, tmp_path):
     for name in ("unfinished", "damaged", "stateless"):
         shutil.copytree(home / "run", tmp_path / name)

@@ -78,7 +78,10 @@ class WarmStart:
         Raises:
             UserError: the run that it started from is gone, or is another by now.
         """
-        start = cls.open(noted["run"], noted["statistics"], noted["optimiser"])
+        try:
+            start = cls.open(noted["run"], noted["statistics"], noted["optimiser"])
+        except UserError as error:
+            raise UserError(f"the run that this one was started from: {error}") from None
         if start.checksum() != noted["crc32"]:
             raise UserError(
                 f"{noted['run']}: is not the run any more that this one was started from; put it back, or "
