@@ -31,7 +31,7 @@ def test_unknown_key_names_file_key_and_nearest():
 
 def test_unknown_key_inside_a_feature_is_found_behind_the_union():
     text = complaint(schema=schema(encoding={"kind": "vocabulary", "min_cnt": 2}))
-    assert text == "c.yaml: schema.features.0.encoding.min_cnt: no such key; did you mean 'min_count'?"
+    assert text == "c.yaml: schema.features.0 (ad).encoding.min_cnt: no such key; did you mean 'min_count'?"
 
 
 def test_wrong_type_is_refused_not_converted():
@@ -122,7 +122,7 @@ def test_an_open_bracket_is_found_where_it_was_opened(tmp_path):
 def test_a_feature_without_a_kind():
     feature = schema()
     del feature["features"][0]["kind"]
-    assert "schema.features.0.kind: missing" in complaint(schema=feature)
-    assert "schema.features.0.kind: no kind is called 'x'; known: 'numeric'" in complaint(
+    assert "schema.features.0 (ad).kind: missing" in complaint(schema=feature)
+    assert "schema.features.0 (ad).kind: no kind is called 'x'; known: 'numeric'" in complaint(
         schema=schema(kind="x")
     )

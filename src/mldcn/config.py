@@ -276,7 +276,7 @@ def parse(model: type[Model], raw: Any, where: str) -> Model:
     except ValidationError as error:
         # A list whose items are wrong is also reported as too short: only the items' errors say something.
         items = [e for e in error.errors(include_url=False) if e["type"] != "too_short" or not e["input"]]
-        lines = [_explain(model, item) for item in items]
+        lines = [_explain(model, raw, item) for item in items]
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -297,9 +297,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: not a YAML value ({' '.join(str(error).split())})") from None
 
 
-def _explain(model: type[BaseModel], item: Any) -> str:
+def _explain(model: type[BaseModel], raw: Any, item: Any) -> str:
     loc: tuple[int | str, ...] = item["loc"]
-    shown, known = _walk(model, loc)
+    shown, known = _walk(model, raw, loc)
     if item["type"] == "extra_forbidden":
         return f"{shown}: no such key{suggest(str(loc[-1]), known)}"
     if item["type"] == "missing":
@@ -323,8 +323,11 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
-def _walk(model: Any, loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
-    """The dotted key of an error, without pydantic's union tags, and the keys known where it is."""
+def _walk(model: Any, raw: Any, loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """The dotted key of an error, without pydantic's union tags, and the keys known where it is.
+
+    An item of a list that has a name is shown with it.
+    """
     shown: list[str] = []
     here: list[Any] = [model]
     known: list[str] = []
@@ -335,10 +338,13 @@ def _walk(model: Any, loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
             here = list(tagged)
             continue
         if isinstance(part, int):
-            shown.append(str(part))
+            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
+            name = raw.get("name") if isinstance(raw, dict) else None
+            shown.append(f"{part} ({name})" if isinstance(name, str) else str(part))
             here = [arg for t in here for arg in _arguments(t)]
             continue
         shown.append(part)
+        raw = raw.get(part) if isinstance(raw, dict) else None
         fields = {(f.alias or name): f for m in models for name, f in m.model_fields.items()}
         known = list(fields)
         here = [fields[part].annotation] if part in fields else []

@@ -233,10 +233,38 @@ def test_a_column_that_is_twice_in_a_table_is_named():
 
 
 @pytest.mark.parametrize("mark", [";", "|", "\t"])
-def test_another_delimiter_is_named(tmp_path, mark):
-    (tmp_path / "log.csv").write_text(f"a{mark}click\n1{mark}0\n")
-    with pytest.raises(UserError, match=r"log.csv: its columns are set apart by .*write it with commas"):
-        infer([tmp_path / "log.csv"])
+def test_another_delimiter_is_guessed_and_written(tmp_path, mark):
+    log, config = tmp_path / "log.csv", tmp_path / "config.yaml"
+    log.write_text(f"ad{mark}click\n" + f"1,5{mark}0\n2{mark}1\n" * 20)
+    guessed = infer([log])
+    assert [column.name for column in guessed.columns] == ["ad", "click"]
+    config.write_text(to_yaml(guessed, log))
+    assert load_config(config).data.delimiter == mark
+
+
+def test_several_files_are_looked_at(tmp_path):
+    for number in range(20):
+        tag = f"{number}|{number + 1}" if number else "0"
+        (tmp_path / f"{number:02}.csv").write_text("ad,tags,click\n" + f"a{number},{tag},{number % 2}\n" * 50)
+    guessed = infer([tmp_path])
+    facts = {column.name: column for column in guessed.columns}
+    assert guessed.label == "click"
+    assert facts["tags"].kind == "multi"
+    assert facts["ad"].distinct > 5
+    pq.write_table(pa.table({"ad": [1, 2] * 50, "click": [0, 1] * 50}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"ad": ["x", "y"] * 50, "click": [0, 1] * 50}), tmp_path / "b.parquet")
+    assert infer([tmp_path / "a.parquet", tmp_path / "b.parquet"]).rows in (100, 200)
+
+
+def test_whole_numbers_called_after_users_and_items_are_ids():
+    numbers = list(range(200))
+    guessed = infer(one_task([0, 1, 1, 0] * 50, u=numbers, i=numbers, movie=numbers, clicks_before=numbers))
+    kinds = {column.name: column.kind for column in guessed.columns}
+    assert kinds == {
+        "price": "numeric",
+        "click": "categorical", "u": "categorical", "i": "categorical", "movie": "categorical",
+        "clicks_before": "numeric",
+    }  # fmt: skip
 
 
 def test_an_empty_file_is_called_empty(tmp_path):

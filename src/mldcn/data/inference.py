@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from mldcn.config import DataConfig, ModelConfig, TrainingConfig
 from mldcn.data.profile import LABEL, OUTCOME, USER, ColumnFacts, Look, as_truth, is_readable, judge, look_at
-from mldcn.data.reading import LogReader, RawBlock
+from mldcn.data.reading import LogReader, RawBlock, expand
 from mldcn.errors import UserError
 from mldcn.schema import Strict
 
 SAMPLE_ROWS = 100_000
+# Files of one log that are looked at.
+_FILES = 8
 # Ids seen once teach nothing, and where there are this many, they are most of the table.
 _MANY_IDS = 10_000
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
@@ -62,7 +64,7 @@ def infer(
     label: str | None = None,
     rows: int = SAMPLE_ROWS,
 ) -> Inferred:
-    """Guesses what the columns of a log mean, from its first rows.
+    """Guesses what the columns of a log mean, from the first rows of a few of its files.
 
     Args:
         log: files, or an Arrow table.
@@ -73,7 +75,7 @@ def infer(
     Raises:
         UserError: the log cannot be read, its first line is no header, or no column looks like a label.
     """
-    data = data or DataConfig()
+    data = _delimited(log, data or DataConfig())
     block = _head(log, data, rows)
     names = block.table.column_names
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -108,20 +110,42 @@ def _head(log: Sequence[str | Path] | pa.Table, data: DataConfig, rows: int) -> 
         if not log.num_rows:
             raise UserError("table: holds no rows")
         return RawBlock(log.slice(0, rows).combine_chunks(), "table", 1)
-    reader = LogReader(log, data.model_copy(update={"block_rows": rows}))
-    names = reader.names(reader.files[0], reader.formats[0])
+    files = expand(log)
+    reader = LogReader(files[:1], data)
+    names = reader.names(files[0], reader.formats[0])
     if data.header and reader.formats[0] != "parquet" and any(not name or _is_number(name) for name in names):
         raise UserError(
-            f"{reader.files[0]}: its first line looks like a row, not a header ({', '.join(names[:5])} ...); "
+            f"{files[0]}: its first line looks like a row, not a header ({', '.join(names[:5])} ...); "
             "name its columns with --columns, or set data.header to false and data.column_names"
         )
-    apart = [mark for mark in (";", "|", "\t", ",") if len(names) == 1 and mark in names[0]]
-    if apart and reader.formats[0] != "parquet":
-        raise UserError(
-            f"{reader.files[0]}: its columns are set apart by {apart[0]!r}, as its ending does not say; write "
-            "it with commas as .csv or with tabs as .tsv"
-        )
-    return next(reader.blocks(()))
+    # Some of each of a few files: a log's first day need not be like its last.
+    chosen = [files[i] for i in sorted(set(np.linspace(0, len(files) - 1, _FILES).astype(int).tolist()))]
+    tables = [table for path in chosen for table in _first_rows(path, data, names, rows // len(chosen))]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        table = tables[0]
+    return RawBlock(table.combine_chunks(), str(files[0]), 1)
+
+
+def _first_rows(path: Path, data: DataConfig, names: list[str], rows: int) -> Iterator[pa.Table]:
+    for block in LogReader([path], data).blocks(names):
+        yield block.table.slice(0, rows)
+        rows -= len(block)
+        if rows <= 0:
+            return
+
+
+def _delimited(log: Sequence[str | Path] | pa.Table, data: DataConfig) -> DataConfig:
+    """The format with its delimiter, where the header has one that the file's ending does not say."""
+    if isinstance(log, pa.Table) or not data.header or data.delimiter is not None:
+        return data
+    reader = LogReader(expand(log)[:1], data)
+    if reader.formats[0] == "parquet":
+        return data
+    names = reader.names(reader.files[0], reader.formats[0])
+    marks = [mark for mark in (";", "|", "\t", ",") if len(names) == 1 and mark in names[0]]
+    return data.model_copy(update={"delimiter": max(marks, key=names[0].count)}) if marks else data
 
 
 def _choose_label(
@@ -292,6 +316,8 @@ def _data_lines(inferred: Inferred, files: list[str]) -> list[str]:
     lines = ["data:", "  train:", *(f"    - {json.dumps(file, ensure_ascii=False)}" for file in files)]
     if data.format != "auto":
         lines.append(f"  format: {data.format}")
+    if data.delimiter is not None:
+        lines.append(f"  delimiter: {json.dumps(data.delimiter)}")
     if not data.header:
         names = json.dumps(list(data.column_names), ensure_ascii=False)
         lines += ["  header: false", f"  column_names: {names}"]

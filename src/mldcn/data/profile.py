@@ -43,6 +43,13 @@ _ID = re.compile(
     r"(^|_)(id|ids|uid|code|hash|zip|zip_?code|type|category|cat|cate|brand|class|group|bucket)$",
     re.IGNORECASE,
 )
+# Of whole numbers: whom or what they stand for, and not how many.
+_ENTITY = re.compile(
+    r"^(u|i|user|member|item|ad|advertiser|pin|movie|film|video|photo|product|goods|campaign|creative|banner|adgroup"
+    r"|content|news|article|song|track|artist|author|listing|doc|genre|publisher|app|gender|sex|occupation|country"
+    r"|city)$",
+    re.IGNORECASE,
+)
 _COUNT = re.compile(
     r"count|cnt|num_|_num|n_|age$|price|amount|ctr|rate|score|freq|days|length|len$|size", re.IGNORECASE
 )
@@ -252,6 +259,8 @@ def _kind(look: Look) -> tuple[Kind, int, int]:
     numbers = look.numbers[~np.isnan(look.numbers)]
     if bool((numbers != np.floor(numbers)).any()) or _COUNT.search(look.name):
         return "numeric", 0, 0
+    if _ENTITY.search(look.name):
+        return "categorical", 0, 0
     # Few whole numbers: codes, hours, days of a week or month.
     return ("categorical" if look.distinct <= 31 else "numeric"), 0, 0
 
