@@ -29,7 +29,8 @@ from mldcn.data.rejects import Reject
 from mldcn.errors import UserError
 
 # What is read at a time; a row may be as long as this.
-READ_BYTES = 4 << 20
+# Arrow reads up to 32 such pieces ahead.
+READ_BYTES = 1 << 20
 # What is decompressed at a time.
 _STEP_BYTES = 32 << 10
 
