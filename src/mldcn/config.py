@@ -89,7 +89,7 @@ class DataConfig(Strict):
     encoded: str | None = Field(None, description="folder for the encoded rows; the run's own by default")
     block_rows: int = Field(65_536, ge=1, description="rows encoded and shuffled together")
     memory_mb: int = Field(
-        2_048, ge=128, description="what encoding may hold in memory; the result does not depend on it"
+        2_048, ge=256, description="what encoding may hold in memory; the result does not depend on it"
     )
 
     @model_validator(mode="after")
