@@ -35,6 +35,9 @@ def start(options: argparse.Namespace, folder: Path) -> list[Side]:
     sides = [Side("mldcn", command, options.threads, folder / "mldcn.log")]
     if work == "profile":
         return sides
+    if work == "predict":
+        command = ["mldcn_side.py", "predict-raw", *given(options, folder)]
+        sides.append(Side("mldcn, raw log", command, options.threads, folder / "raw.log"))
     command = ["mldcn_side.py", products, *common]
     sides.append(Side("ceiling", command, options.threads, folder / "ceiling.log"))
     if not options.no_peers:

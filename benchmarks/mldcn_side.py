@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,6 +119,24 @@ def predict(options: Options) -> Callable[[], Result]:
     return work
 
 
+def predict_raw(options: Options) -> Callable[[], Result]:
+    """The raw log to a file of probabilities, as ``mldcn predict`` does it."""
+    from mldcn.predict import Predictor, predict_file
+    from mldcn.training.fit import fit
+
+    settings, data, run = prepared(options)
+    fit(settings, run, data)
+    predictor = Predictor.load(run.path)
+    out = options.folder.parent / "scores.parquet"
+
+    def work() -> Result:
+        start = time.perf_counter()
+        scored = predict_file(predictor, [options.log], out)
+        return {"rate": scored.rows / (time.perf_counter() - start)}
+
+    return work
+
+
 def products(options: Options) -> Callable[[], Result]:
     """Nothing but the model's matrix products, at the batch's height and at a quarter of it: the faster."""
     import torch
@@ -144,7 +163,8 @@ def products(options: Options) -> Callable[[], Result]:
     flops = (1 if forward_only else 3) * options.batch * sum(2 * i * o for i, o in widths)
 
     def work() -> Result:
-        best = min(seconds(height) for height in (options.batch, options.batch // 4) for _ in range(3))
+        heights = (options.batch, options.batch // 4)
+        best = min(statistics.mean(seconds(height) for _ in range(3)) for height in heights)
         return {"rate": options.batch / best, "gflops": flops / best / 1e9}
 
     return work
@@ -196,6 +216,7 @@ WORK: dict[str, Callable[[Options], Callable[[], Result]]] = {
     "encode": encode,
     "parse": parse,
     "predict": predict,
+    "predict-raw": predict_raw,
     "products": products,
     "products-forward": products,
     "profile": profile,
