@@ -39,7 +39,7 @@ def config(path: Path, *, all_ids: bool, threads: int | None = None, batch: int 
     features: list[dict[str, Any]] = [{"name": name, **number} for name in NUMBERS]
     features += [{"name": name, "kind": "categorical"} for name in IDS]
     raw = {
-        "data": {"train": [str(path)], "split": {"kind": "order", "valid": 0.0, "test": 0.0}},
+        "data": {"train": [str(path)], "split": {"kind": "hash", "valid": 0.0, "test": 0.0}},
         "schema": {"features": features, "labels": [{"name": "label"}]},
         "model": {
             "embedding": {"dim": 16},
