@@ -296,7 +296,7 @@ def main() -> int:
         idle = watched([sys.executable, "-c", IDLE], work)
         rows = int(options.factor * options.memory_mb * MIB / ROW_BYTES)
         found = measure_logs(work, (rows, 2 * rows), options.memory_mb, idle.anonymous)
-        same = same_result(work, 50_000, (128, 4096))
+        same = same_result(work, 50_000, (256, 4096))
         if options.distinct:
             found.append(measure_distinct(work, options.distinct, options.distinct_mb, idle.anonymous))
     wrong = violations(found) + ([] if same else ["the bound changed what was encoded"])

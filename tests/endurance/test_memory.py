@@ -26,7 +26,7 @@ def test_growth_and_a_broken_bound_are_violations():
 
 
 def test_the_bound_does_not_change_the_result(tmp_path):
-    assert same_result(tmp_path, 3000, (128, 4096))
+    assert same_result(tmp_path, 3000, (256, 4096))
 
 
 def test_no_id_comes_twice(tmp_path):
