@@ -218,7 +218,7 @@ def test_the_fingerprint_tells_contents(tmp_path):
     data = prepare(config(log(tmp_path), {"kind": "order"}), tmp_path / "out")
     facts = data.fingerprint["files"][str(tmp_path / "log.csv")]
     assert facts["bytes"] == (tmp_path / "log.csv").stat().st_size
-    assert len(facts["blake2b"]) == 32
+    assert len(facts["sha256"]) == 64
     assert json.loads((tmp_path / "out" / "prepared.json").read_text())["fingerprint"] == data.fingerprint
 
 

@@ -198,7 +198,7 @@ class LogPasses:
             self.progress(stage, rows, reader.bytes_done, reader.bytes_total)
         if whole:
             for path, size in zip(reader.files, reader.sizes, strict=True):
-                self.fingerprint[str(path)] = {"bytes": size, "blake2b": reader.digests[str(path)]}
+                self.fingerprint[str(path)] = {"bytes": size, "sha256": reader.digests[str(path)]}
 
 
 def _measured(fitter: Fitter, parsed: ParsedBlock, parts: Parts) -> tuple[ParsedBlock, Any]:

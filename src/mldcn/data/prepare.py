@@ -32,7 +32,7 @@ from mldcn.data.spool import Item, Spool, packed
 from mldcn.errors import DiskFullError, UserError
 from mldcn.run import checksum, locked, writing
 
-FORMAT = 2
+FORMAT = 3
 REJECTS = "rejects.csv"
 # What was done is noted this often, or less often the longer it has taken so far.
 CHECKPOINT_SECONDS = 30.0

@@ -233,8 +233,8 @@ def expand(files: Sequence[str | Path]) -> list[Path]:
 
 
 def digest(path: Path) -> str:
-    """BLAKE2b of a file's bytes, 128 bits, in hexadecimal."""
-    value = hashlib.blake2b(digest_size=16)
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    value = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             value.update(chunk)
