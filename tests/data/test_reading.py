@@ -1,4 +1,6 @@
 import gzip
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -219,3 +221,16 @@ def test_wide_rows_make_shorter_blocks_with_the_same_rows(tmp_path, monkeypatch,
     assert len(blocks) > 4
     assert [block.first_row for block in blocks[1:]] == [b.first_row + len(b) for b in blocks[:-1]]
     assert rows_of(tmp_path / name) == [(a, b or None) for a, b in rows]
+
+
+def test_a_program_that_stops_at_a_bad_row_exits_cleanly(tmp_path):
+    log = write(tmp_path / "log.csv", "a,b\n" + "1,2\n" * 2000 + "3\n" + ("x" * 3000 + ",2\n") * 20_000)
+    script = (
+        "import sys; from mldcn.config import DataConfig; from mldcn.data.reading import open_log\n"
+        f"for block in open_log([{str(log)!r}], DataConfig(), ['a', 'b']): pass\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert "row 2001 has 1 columns" in done.stderr
+        assert "Fatal" not in done.stderr

@@ -6,12 +6,15 @@ line ends inside quotes counts once.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import hashlib
 import io
 import math
 import re
+import time
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ from mldcn.errors import UserError
 # What is read at a time; a row may be as long as this.
 # Arrow reads up to 32 such pieces ahead.
 READ_BYTES = 1 << 20
+_SETTLING_SECONDS = 0.5
 # What is decompressed at a time.
 _STEP_BYTES = 32 << 10
 
@@ -164,10 +168,12 @@ class TextLog:
                 source = _Source(
                     _decompressed(raw, self._counted), (_END + self._delimiter * len(names)).encode()
                 )
+                _UNFINISHED.add(source)
                 for batch in self._batches(source, wanted, numbers, lines):
                     if numbers and source.damaged:
                         raise _NoNumber
                     yield lines.piece(pa.Table.from_batches([batch]), damaged=source.damaged)
+                _UNFINISHED.discard(source)
             except (pa.ArrowException, OSError) as error:
                 if numbers and "CSV conversion error" in str(error):
                     raise _NoNumber from None
@@ -328,9 +334,16 @@ class _Source:
         self._ready = b""
         self.damaged = False
         self.error: OSError | None = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ends the content here."""
+        self._stopped = True
 
     def read(self, size: int) -> bytes:
         """At most so many bytes; none at the end."""
+        if self._stopped:
+            return b""
         if not self._ready:
             self._ready = self._next(size)
         given, self._ready = self._ready[:size], self._ready[size:]
@@ -380,6 +393,19 @@ class _Source:
     def readable(self) -> bool:
         """Yes."""
         return True
+
+
+# Sources whose end was not reached: after an error, or where nobody wanted the rest.
+_UNFINISHED: weakref.WeakSet[_Source] = weakref.WeakSet()
+
+
+@atexit.register
+def _settle() -> None:
+    """Lets Arrow's threads, which read ahead through Python, come to an end before Python does: else it aborts."""
+    for source in _UNFINISHED:
+        source.stop()
+    if _UNFINISHED:
+        time.sleep(_SETTLING_SECONDS)
 
 
 def _whole(chunk: bytes) -> int:
