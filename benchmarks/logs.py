@@ -12,7 +12,8 @@ from mldcn.config import Config, parse
 
 NUMBERS = [f"I{i}" for i in range(1, 14)]
 IDS = [f"C{i}" for i in range(1, 27)]
-CARDINALITIES = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
+# 500,000 rows hold some 650,000 distinct ids.
+CARDINALITIES = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 200_000, 600_000)
 
 
 def write_log(path: Path, rows: int) -> None:
@@ -24,7 +25,7 @@ def write_log(path: Path, rows: int) -> None:
         columns[name] = numbers.set(pl.Series(draw.random(rows) < 0.2), None)
     for i, name in enumerate(IDS):
         size = CARDINALITIES[i % len(CARDINALITIES)]
-        rank = np.minimum(draw.pareto(0.8, rows) * (size / 50 + 1), size - 1).astype(np.uint64)
+        rank = np.minimum(draw.pareto(0.8, rows) * (size / 20 + 1), size - 1).astype(np.uint64)
         ids = (rank * np.uint64(2_654_435_761) + np.uint64(977 * i)) % np.uint64(2**32)
         columns[name] = [f"{number:08x}" for number in ids.tolist()]
     pl.DataFrame(columns).write_csv(path)
