@@ -33,7 +33,8 @@ import polars as pl
 from mldcn.config import Config, dump_config, parse
 from mldcn.data.prepare import prepare
 from mldcn.datasets.pinads import PinadsConfig, pinads_config, write_days
-from mldcn.run import RunFolder, write_text
+from mldcn.files import write_text
+from mldcn.run import RunFolder
 from mldcn.training.fit import fit
 from mldcn.training.warm_start import WarmStart
 from mldcn.workflow import evaluate_log

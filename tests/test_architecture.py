@@ -11,6 +11,7 @@ ROOMS = [
     "layout",
     "schema",
     "config",
+    "files",
     "run",
     "report",
     "data",

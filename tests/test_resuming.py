@@ -12,8 +12,9 @@ import yaml
 from mldcn import cli, workflow
 from mldcn.config import load_config
 from mldcn.errors import UserError
+from mldcn.files import locked
 from mldcn.predict import Predictor
-from mldcn.run import RunFolder, locked
+from mldcn.run import RunFolder
 from mldcn.training import checkpoint, fit
 from mldcn.training.observers import MLflow
 

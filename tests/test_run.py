@@ -1,116 +1,10 @@
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
 from mldcn.errors import UserError
-from mldcn.run import RunFolder, atomic, locked, scratch
-
-
-def other_process(code, *arguments):
-    """A process that runs some code and then waits to be killed."""
-    program = f"import sys, time\nfrom pathlib import Path\nfrom mldcn.run import *\n{code}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def kill(process):
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-HOLD = "with locked(Path(sys.argv[1])):\n    print('ready', flush=True)\n    time.sleep(60)"
-WRITE = (
-    "with atomic(Path(sys.argv[1])) as file:\n    file.write_text('half')\n"
-    "    print('ready', flush=True)\n    time.sleep(60)"
-)
-SCRATCH = (
-    "with scratch('test', Path(sys.argv[1])) as folder:\n    (folder / 'file').write_text('')\n"
-    "    print('ready', flush=True)\n    time.sleep(60)"
-)
-
-
-def test_a_lock_keeps_other_processes_out_names_them_and_dies_with_them(tmp_path):
-    folder = tmp_path / "run"
-    holder = other_process(HOLD, folder)
-    try:
-        with pytest.raises(UserError, match=f"{folder}: in use by process {holder.pid}"), locked(folder):
-            pass
-    finally:
-        kill(holder)
-    with locked(folder), locked(folder):  # whoever holds it may take it again
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_lock_can_be_waited_for(tmp_path):
-    holder = other_process(HOLD.replace("60", "0.3"), tmp_path / "run")
-    with locked(tmp_path / "run", wait=True):
-        assert holder.wait() == 0
-    holder.communicate()
-
-
-def test_a_write_removes_what_killed_writers_left_but_not_what_living_ones_write(tmp_path):
-    target = tmp_path / "a.json"
-    living, dead = other_process(WRITE, target), other_process(WRITE, target)
-    try:
-        kill(dead)
-        (tmp_path / ".a.json.mine").write_text("not a temporary")
-        assert len(list(tmp_path.iterdir())) == 3
-        with atomic(target) as temporary:
-            temporary.write_text("whole")
-        assert len(list(tmp_path.iterdir())) == 3  # the target, what is not ours, the living one's
-    finally:
-        kill(living)
-    with atomic(target) as temporary:
-        temporary.write_text("again")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.mine", "a.json"]
-    assert target.read_text() == "again"
-
-
-def test_scratch_folders_of_killed_processes_are_removed_by_the_next(tmp_path):
-    living, dead = other_process(SCRATCH, tmp_path), other_process(SCRATCH, tmp_path)
-    try:
-        kill(dead)
-        with scratch("test", tmp_path) as folder:
-            assert folder.is_dir()
-            assert len(list(tmp_path.glob("mldcn-test-*"))) == 2
-    finally:
-        kill(living)
-    with scratch("test", tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_locks_files_are_written_and_folders_are_refused(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    with pytest.raises(UserError, match="gives no locks .No locks available."), locked(tmp_path / "run"):
-        pass
-    for text in ("one", "two"):
-        with atomic(tmp_path / "a") as temporary:
-            temporary.write_text(text)
-    assert (tmp_path / "a").read_text() == "two"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_files_are_made_as_the_umask_wants_them(tmp_path):
-    before = os.umask(0o027)
-    try:
-        with atomic(tmp_path / "a") as temporary:
-            temporary.write_text("")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+from mldcn.run import RunFolder
+from writers import HOLD, WRITE, kill, other_process
 
 
 def finished(path):
@@ -242,13 +136,3 @@ def test_unfinished_and_foreign_versions_are_refused_by_name(tmp_path):
     (run.path / "run.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         RunFolder.open(run.path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-    with pytest.raises(RuntimeError), atomic(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert target.read_text() == "old"

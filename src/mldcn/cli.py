@@ -67,7 +67,7 @@ def main() -> None:
         # Whoever read the output has seen enough; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        from mldcn.run import no_room
+        from mldcn.files import no_room
 
         remedy = "; free some space and run the command again" if no_room(error) else ""
         fail(f"{error.filename or 'system'}: {error.strerror or error}{remedy}")
@@ -120,7 +120,7 @@ def init(
     from mldcn.console import err
     from mldcn.console import out as screen
     from mldcn.data.inference import infer, to_yaml
-    from mldcn.run import write_text
+    from mldcn.files import write_text
 
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; name another file with --out, or replace it with --force")

@@ -13,8 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mldcn.errors import UserError
+from mldcn.files import atomic
 from mldcn.metrics import Difference, cluster_bootstrap, delong
-from mldcn.run import atomic
 
 LABEL, PROBABILITY = "y_", "p_"
 Array = NDArray[Any]

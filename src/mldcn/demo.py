@@ -14,9 +14,10 @@ from mldcn.cost.budget import match_flops, scorer_flops, x0_layout
 from mldcn.data.prepare import prepare
 from mldcn.datasets.pinads import PinadsConfig, pinads_config, write_log
 from mldcn.errors import UserError
+from mldcn.files import write_text
 from mldcn.metrics import Difference
 from mldcn.report import comparison_page
-from mldcn.run import RunFolder, write_text
+from mldcn.run import RunFolder
 from mldcn.training.fit import Summary
 from mldcn.training.identity import monitored
 from mldcn.workflow import REPORT, check, compare, encoded_folder, run_summary, train

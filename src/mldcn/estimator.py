@@ -19,8 +19,9 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from mldcn.config import Config, dump_config, parse
 from mldcn.data.prepare import prepare
 from mldcn.errors import UserError
+from mldcn.files import scratch
 from mldcn.predict import Predictor
-from mldcn.run import RunFolder, scratch
+from mldcn.run import RunFolder
 from mldcn.schema import Schema
 
 

@@ -15,10 +15,10 @@ from mldcn.config import ModelConfig
 from mldcn.data.batch import EncodedLayout
 from mldcn.embedding import Embedder
 from mldcn.errors import UserError
+from mldcn.files import atomic
 from mldcn.heads import TaskHeads
 from mldcn.interactions.dnn import MLP
 from mldcn.layout import FieldLayout
-from mldcn.run import atomic
 from mldcn.schema import Schema
 
 # The position that serving pretends: the top of the page.

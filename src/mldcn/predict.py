@@ -18,9 +18,10 @@ from mldcn.data.pipeline import ahead
 from mldcn.data.reading import RawBlock, open_log, table_blocks
 from mldcn.data.rejects import Reject, RejectsFile
 from mldcn.errors import UserError
+from mldcn.files import atomic
 from mldcn.metrics import Isotonic, Platt, calibrator_from_json
 from mldcn.model import Ranker, load_weights, pick_device
-from mldcn.run import RunFolder, atomic
+from mldcn.run import RunFolder
 
 PROBABILITY = "p_"  # prefix of the columns that a prediction adds
 

@@ -20,11 +20,12 @@ import pyarrow as pa
 from mldcn.comparison import LABEL, PROBABILITY
 from mldcn.config import Config, load_config
 from mldcn.errors import UserError
+from mldcn.files import locked, write_text
 from mldcn.report import Page
 from mldcn.report.blocks import Heading, Paragraph
 from mldcn.report.summary import metric_column, metric_names
 from mldcn.report.table import Column, Table
-from mldcn.run import RunFolder, locked, write_text
+from mldcn.run import RunFolder
 from mldcn.training.identity import changes, spelled_out, what_counts
 from mldcn.training.observers import Observer
 from mldcn.training.warm_start import WarmStart

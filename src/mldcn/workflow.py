@@ -20,12 +20,13 @@ from mldcn.data.rejects import RejectsFile
 from mldcn.data.shards import EncodedRows, ShardWriter
 from mldcn.embedding.embedder import table_widths
 from mldcn.errors import UserError
+from mldcn.files import locked, scratch, write_text
 from mldcn.metrics import Difference, auc_intervals
 from mldcn.model import pick_device
 from mldcn.predict import Predictor
 from mldcn.report import Bins, FeatureSummary, RunSummary, run_page
 from mldcn.report import Difference as ShownDifference
-from mldcn.run import RunFolder, locked, scratch, write_text
+from mldcn.run import RunFolder
 from mldcn.schema import EmbeddingFeature, TableFeature
 from mldcn.training.evaluate import Evaluation, evaluate
 from mldcn.training.fit import Summary, fit

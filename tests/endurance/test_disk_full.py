@@ -12,8 +12,9 @@ from mldcn import workflow
 from mldcn.config import load_config
 from mldcn.data.prepare import prepare
 from mldcn.errors import DiskFullError
+from mldcn.files import atomic, locked, no_room, writing
 from mldcn.predict import Predictor, predict_file
-from mldcn.run import RunFolder, atomic, locked, no_room, writing
+from mldcn.run import RunFolder
 
 
 @contextlib.contextmanager

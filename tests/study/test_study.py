@@ -11,7 +11,8 @@ import yaml
 from mldcn.config import Config, parse
 from mldcn.datasets.pinads import PinadsConfig, write_log
 from mldcn.errors import UserError
-from mldcn.run import RunFolder, locked
+from mldcn.files import locked
+from mldcn.run import RunFolder
 from mldcn.study import load_recipe, run_study
 from mldcn.study.engine import Job, _best_trial
 from mldcn.study.recipe import nested, overlay

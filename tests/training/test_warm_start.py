@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from mldcn.config import Config, load_config, parse
 from mldcn.data.prepare import prepare
 from mldcn.errors import UserError
+from mldcn.files import checksum
 from mldcn.model import Ranker
 from mldcn.predict import Predictor
-from mldcn.run import RunFolder, checksum
+from mldcn.run import RunFolder
 from mldcn.training import warm_start
 from mldcn.training.fit import Trainer, fit
 from mldcn.training.warm_start import STATE, WarmStart

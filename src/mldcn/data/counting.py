@@ -20,7 +20,7 @@ from mldcn.data.batch import RESERVED_ROWS
 from mldcn.data.hashing import NO_KEY, Keys, first_words
 from mldcn.data.pipeline import give_memory_back
 from mldcn.data.vocabulary import KeyIndex, Vocabulary, VocabularyWriter
-from mldcn.run import atomic
+from mldcn.files import atomic
 
 # Keys that the builder does not know yet are merged once there are this many, or a quarter of the known ones.
 _MERGE_AT = 65_536

@@ -27,7 +27,7 @@ from mldcn.data.transforms import (
 )
 from mldcn.data.vocabulary import HashedRows, Vocabulary
 from mldcn.errors import UserError
-from mldcn.run import checksum, write_text
+from mldcn.files import checksum, write_text
 from mldcn.schema import (
     Bucketised,
     EmbeddingFeature,

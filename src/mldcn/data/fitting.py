@@ -25,7 +25,7 @@ from mldcn.data.transforms import (
 )
 from mldcn.data.vocabulary import HashedRows, Vocabulary
 from mldcn.errors import UserError
-from mldcn.run import atomic
+from mldcn.files import atomic
 from mldcn.schema import Bucketised, Hashing, Numeric, Schema, Sequence, TableFeature
 from mldcn.schema import Vocabulary as VocabularyOptions
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from mldcn.data.rejects import HEADER, Reject, RejectsFile, line
 from mldcn.data.spool import whole
-from mldcn.run import checksum, write_text
+from mldcn.files import checksum, write_text
 
 _STATE = "state.json"
 _SPOOL = "parsed.spool"

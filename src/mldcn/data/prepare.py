@@ -30,7 +30,7 @@ from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
 from mldcn.data.spool import Item, Spool, packed
 from mldcn.errors import DiskFullError, UserError
-from mldcn.run import checksum, locked, writing
+from mldcn.files import checksum, locked, writing
 
 FORMAT = 3
 REJECTS = "rejects.csv"

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from mldcn.errors import UserError
-from mldcn.run import atomic
+from mldcn.files import atomic
 
 HEADER = ("file", "row", "column", "value", "problem")
 _LONGEST = 200

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from mldcn.data.batch import Batch, EncodedLayout
 from mldcn.data.encoder import EncodedBlock
 from mldcn.errors import UserError
-from mldcn.run import checksum, sync_folder, write_text, writing
+from mldcn.files import checksum, sync_folder, write_text, writing
 
 FORMAT = 1
 CHUNK_ROWS = 4_096

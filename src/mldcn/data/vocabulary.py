@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mldcn.data.batch import MISSING, OUT_OF_VOCABULARY, RESERVED_ROWS
 from mldcn.data.hashing import NO_KEY, Keys, hash_texts, splitmix64
 from mldcn.errors import UserError
-from mldcn.run import atomic
+from mldcn.files import atomic
 
 FORMAT = 2
 Rows = NDArray[np.int32]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mldcn.errors import UserError
+from mldcn.files import writing
 from mldcn.metrics.rows import Array
-from mldcn.run import writing
 
 # The fewest rows read of a run at a time: below this a merge would be all overhead.
 _LEAST_READ = 1024

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mldcn.errors import UserError
+from mldcn.files import scratch
 from mldcn.metrics.external_sort import ExternalSort, whole_keys
 from mldcn.metrics.pointwise import PointSums, ReliabilityCurve, ReliabilitySums
 from mldcn.metrics.ranking import GroupBlock, GroupSums, RankSums, grouped_blocks
 from mldcn.metrics.rows import Array, Rows, check_rows
 from mldcn.metrics.ties import SortedBlock, descending_blocks, descending_keys, tie_groups
-from mldcn.run import scratch
 
 _NO_LABEL = -1
 

@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Self
 
+from mldcn.files import write_text
 from mldcn.report.blocks import Block, Details, Figure, Figures, Heading
 from mldcn.report.table import Table
 from mldcn.report.text import escape, escape_markdown
-from mldcn.run import write_text
 
 # A browser that follows it loads nothing and runs nothing, whatever a text might smuggle in.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mldcn.files import atomic
 from mldcn.report.text import clean
-from mldcn.run import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,8 +22,9 @@ from mldcn.cost.budget import match_flops, scorer_flops, x0_layout
 from mldcn.data.batch import EncodedLayout
 from mldcn.data.prepare import prepare
 from mldcn.errors import UserError
+from mldcn.files import locked, write_text
 from mldcn.metrics import metric_info
-from mldcn.run import RunFolder, locked, write_text
+from mldcn.run import RunFolder
 from mldcn.study.recipe import Recipe, nested, overlay
 from mldcn.study.summary import Row, to_markdown
 from mldcn.training.fit import fit

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mldcn.files import checksum, sync_folder, write_text
 from mldcn.model import save_tensors
-from mldcn.run import checksum, sync_folder, write_text
 
 TENSOR = "$tensor"
 _BETWEEN = "-between"  # ends the name of a state that is no anchor

@@ -20,9 +20,10 @@ from mldcn.data.pipeline import ahead
 from mldcn.data.prepare import EncodedData
 from mldcn.data.shards import EncodedRows
 from mldcn.errors import UserError
+from mldcn.files import checksum, locked, write_text
 from mldcn.metrics import metric_info
 from mldcn.model import Ranker, load_weights, pick_device, save_weights
-from mldcn.run import RunFolder, checksum, locked, write_text
+from mldcn.run import RunFolder
 from mldcn.training.checkpoint import (
     drop_after,
     load_checkpoint,

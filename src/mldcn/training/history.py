@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mldcn.errors import UserError
-from mldcn.run import write_text, writing
+from mldcn.files import write_text, writing
 
 
 class History:

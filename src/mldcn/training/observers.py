@@ -9,7 +9,8 @@ from typing import Any
 
 from mldcn.config import Config
 from mldcn.errors import UserError
-from mldcn.run import MLFLOW_RUN, write_text
+from mldcn.files import write_text
+from mldcn.run import MLFLOW_RUN
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 

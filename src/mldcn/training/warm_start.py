@@ -28,8 +28,9 @@ from mldcn.data.encoder import Encoder
 from mldcn.data.fitting import Statistics
 from mldcn.embedding.embedder import table_widths
 from mldcn.errors import UserError
+from mldcn.files import checksum
 from mldcn.model import Ranker, save_tensors
-from mldcn.run import RunFolder, checksum
+from mldcn.run import RunFolder
 from mldcn.schema import Hashing, Label, Schema, TableFeature
 from mldcn.training.ema import WeightAverage
 from mldcn.training.table_optim import lazy_zeros
