@@ -206,7 +206,7 @@ def test_a_learning_rate_that_cannot_work_is_given_up_with_a_reason(log, tmp_pat
     )
     notes = Notes()
     with pytest.raises(
-        UserError, match=r"broke down at step .* loss is .*feature price.*3 roll-backs"
+        UserError, match=r"broke down: at step .* loss is .*feature price.*3 roll-backs"
     ) as error:
         fit(wanted, RunFolder.create(tmp_path / "run"), data, observers=[notes])
     assert "Lower training.optimiser.lr" in str(error.value)

@@ -312,7 +312,7 @@ class Trainer:
         found = load_checkpoint(self.run.checkpoints, anchor=True) if tried < recovery.tries else None
         if found is None:
             raise UserError(
-                f"{self.run.path}: training broke down {trouble}; {tried} roll-backs have not helped. Lower "
+                f"{self.run.path}: training broke down: {trouble}; {tried} roll-backs have not helped. Lower "
                 "training.optimiser.lr or table_lr, set training.optimiser.clip_norm, or mend those features"
             )
         troubles = [*self.troubles, trouble]
