@@ -37,6 +37,8 @@ REJECTS = "rejects.csv"
 # What was done is noted this often, or less often the longer it has taken so far.
 CHECKPOINT_SECONDS = 30.0
 _CHECKPOINT_SHARE = 0.05
+# Of data.memory_mb, for counted ids: blocks in flight and the readers' buffers take the rest of the least bound.
+_COUNTED_SHARE = 1 / 6
 _FILE = "prepared.json"
 
 
@@ -136,7 +138,8 @@ class _Preparation:
         self._passes = LogPasses(config, progress, self._rejects.add)
         self._passes.fingerprint = self._state.setdefault("fingerprint", {})
         self._by_files = isinstance(config.data.split, FilesSplit)
-        store = Store(self._folder / "fit", self._folder / "encoder", (config.data.memory_mb << 20) // 4)
+        counted = int((config.data.memory_mb << 20) * _COUNTED_SHARE)
+        store = Store(self._folder / "fit", self._folder / "encoder", counted)
         self._fitter = Fitter(config.log_schema, base=base, statistics=statistics, store=store)
         self._started = self._noted = time.monotonic()
         self._writers: dict[Part, ShardFiles] = {}
