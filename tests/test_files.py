@@ -60,6 +60,15 @@ def test_scratch_folders_of_killed_processes_are_removed_by_the_next(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scratch_folders_that_are_in_use_stay(tmp_path):
+    with scratch("test", tmp_path) as first:
+        (first / "file").write_text("")
+        with scratch("test", tmp_path) as second:
+            assert first != second
+            assert (first / "file").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_locks_files_are_written_and_folders_are_refused(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -192,7 +192,9 @@ def scratch(kind: str, parent: Path | None = None) -> Iterator[Path]:
     prefix = f"mldcn-{kind}-"
     names = {left.name for left in parent.glob(f"{prefix}*")}
     names |= {left.name[1:].removesuffix(".lock") for left in parent.glob(f".{prefix}*.lock")}
-    for name in names:
+    # This thread may take its own locks again: what it holds is no killed process's.
+    mine = {folder.name for folder, _ in _HELD}
+    for name in names - mine:
         with contextlib.suppress(UserError, OSError), locked(parent / name):
             shutil.rmtree(parent / name, ignore_errors=True)
     folder = parent / f"{prefix}{secrets.token_hex(4)}"

@@ -26,6 +26,7 @@ def measured(tmp_path_factory):
         "ad": ad,
         "user": rng.integers(0, 50, ROWS),
         "request": np.arange(ROWS) // 4,
+        "position": np.arange(ROWS) % 4 + 1,  # so that rows and groups are measured by a stream each
         "click": (rng.random(ROWS) < 0.02 * ad).astype(int),
         "never": np.zeros(ROWS, int),
         "weight": rng.integers(1, 3, ROWS),
@@ -38,6 +39,7 @@ def measured(tmp_path_factory):
             "labels": [{"name": "click"}, {"name": "never"}],
             "user": "user",
             "request": "request",
+            "position": "position",
             "weight": "weight",
         },
         "model": {"embedding": {"dim": 4}, "interaction": {"rank": 2, "num_layers": 1}},
