@@ -162,6 +162,7 @@ def measure_logs(work: Path, rows: Sequence[int], memory_mb: int, idle: float) -
             peak = watched([*mldcn_command(), *arguments], work)
             above = peak.anonymous - idle
             found.append(Measured(command, log, count, size, memory_mb, above, peak.resident, peak.seconds))
+            print(f"{command}, {log}, {count:,} rows: {above:.0f} MiB", file=sys.stderr, flush=True)
 
         for kind, log in logs.items():
             encoded = folder / f"encoded-{kind}"
