@@ -180,6 +180,13 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 _HELD: set[tuple[Path, int]] = set()  # folder and thread
 
 
+def drop_dead_lock(folder: Path) -> None:
+    """Removes the lock's file that a killed process left beside a folder; that of a living one stays."""
+    if folder.with_name(f".{folder.name}.lock").exists():
+        with contextlib.suppress(UserError), locked(folder):
+            pass
+
+
 @contextlib.contextmanager
 def scratch(kind: str, parent: Path | None = None) -> Iterator[Path]:
     """A folder that is removed when the block ends; those that killed processes left are removed first.

@@ -231,3 +231,12 @@ def test_killed_and_started_again(tmp_path):
     prepare(log, tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".lock", ".partial")]
+
+
+def test_the_lock_of_one_killed_at_its_very_end_goes_with_the_next(tmp_path):
+    given = config(tmp_path, "hash")
+    prepare(given, tmp_path / "encoded")
+    lock = tmp_path / ".encoded.lock"
+    lock.write_text("1234567\n")
+    assert prepare(given, tmp_path / "encoded").reused
+    assert not lock.exists()

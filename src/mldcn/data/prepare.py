@@ -30,7 +30,7 @@ from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
 from mldcn.data.spool import Item, Spool, packed
 from mldcn.errors import DiskFullError, UserError
-from mldcn.files import checksum, locked, writing
+from mldcn.files import checksum, drop_dead_lock, locked, writing
 
 FORMAT = 3
 REJECTS = "rejects.csv"
@@ -90,6 +90,7 @@ def prepare(
         key["base"] = [base.checksum(), statistics]
     found = _reusable(folder, key)
     if found is not None:
+        drop_dead_lock(folder)
         return found
     with locked(folder, wait=True):
         found = _reusable(folder, key)
