@@ -145,15 +145,19 @@ def write_config(folder: Path, log: Path, encoded: Path, memory_mb: int, text: b
     return path
 
 
+def write_apart(name: str, path: Path, count: int) -> None:
+    """Calls a function of this file in a process of its own, so that this one stays small."""
+    maker = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory; "
+    maker += f"from pathlib import Path; memory.{name}(Path({str(path)!r}), {count})"
+    subprocess.run([sys.executable, "-c", maker], check=True, env=command_environment())
+
+
 def measure_logs(work: Path, rows: Sequence[int], memory_mb: int, idle: float) -> list[Measured]:
     """Every command on the logs of these sizes."""
     found = []
     for count in rows:
         folder = work / f"log-{count}"
-        # In a process of its own: this one stays small, and the parent's memory is nobody's business.
-        maker = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory; "
-        maker += f"from pathlib import Path; memory.write_logs(Path({str(folder)!r}), {count})"
-        subprocess.run([sys.executable, "-c", maker], check=True, env=command_environment())
+        write_apart("write_logs", folder, count)
         files = {"csv": "pinads.csv", "gzip": "pinads.csv.gz", "parquet": "one-group.parquet"}
         logs = {kind: folder / name for kind, name in files.items()}
         size = logs["csv"].stat().st_size / MIB
@@ -198,9 +202,7 @@ def write_distinct(path: Path, ids: int) -> None:
 def measure_distinct(work: Path, ids: int, memory_mb: int, idle: float) -> Measured:
     """Encoding a column in which no id comes twice."""
     log = work / "distinct.csv"
-    maker = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory; "
-    maker += f"from pathlib import Path; memory.write_distinct(Path({str(log)!r}), {ids})"
-    subprocess.run([sys.executable, "-c", maker], check=True, env=command_environment())
+    write_apart("write_distinct", log, ids)
     config = {
         "data": {
             "train": [str(log)],

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mldcn.comparison import PredictionWriter
 from mldcn.config import Config
+from mldcn.data.hashing import splitmix64
 from mldcn.data.pipeline import ahead
 from mldcn.data.shards import EncodedRows
 from mldcn.errors import UserError
@@ -155,11 +156,7 @@ def _drawn(first: int, count: int, rows: int) -> NDArray[np.bool_]:
     if rows <= SAMPLE_ROWS:
         return np.ones(count, np.bool_)
     numbers = np.arange(first, first + count, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # splitmix64
-        numbers = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        numbers ^= numbers >> np.uint64(31)
+    numbers = splitmix64(numbers * np.uint64(0x9E3779B97F4A7C15))
     return numbers < np.uint64(int(SAMPLE_ROWS / rows * 2**64))
 
 
