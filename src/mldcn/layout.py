@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Literal
 
 Source = Literal["user", "item", "user_item", "context"]
@@ -88,3 +89,52 @@ class FieldLayout:
 def as_layout(features: int | FieldLayout) -> FieldLayout:
     """The layout itself, or a flat one of the given width."""
     return features if isinstance(features, FieldLayout) else FieldLayout.flat(features)
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Side input ``(B, F)``: each field's first-order term, a learned weight an id or a number (w_i x_i)."""
+
+    def width(self, layout: FieldLayout) -> int:
+        """Its columns: one a field."""
+        return len(layout)
+
+
+@dataclass(frozen=True)
+class SecondEmbedding:
+    """Side input ``(B, d)``: an ``x0`` of the same fields from tables of its own."""
+
+    def width(self, layout: FieldLayout) -> int:
+        """Its columns: those of ``x0``."""
+        return layout.width
+
+
+@dataclass(frozen=True)
+class CrossedIds:
+    """Side input ``(B, P hashes dim)``: codewords of the P combinations of ``order`` categorical fields.
+
+    Combinations go in the order of ``itertools.combinations`` over the layout's fields of kind
+    ``categorical``; each has its ``hashes`` codewords side by side. All share one codebook.
+
+    Args:
+        rows: codewords in the codebook.
+        dim: width of a codeword.
+        hashes: codewords a combination.
+        order: fields in a combination.
+    """
+
+    rows: int
+    dim: int
+    hashes: int = 2
+    order: int = 2
+
+    def combinations(self, layout: FieldLayout) -> int:
+        """P."""
+        return comb(sum(field.kind == "categorical" for field in layout), self.order)
+
+    def width(self, layout: FieldLayout) -> int:
+        """Its columns."""
+        return self.combinations(layout) * self.hashes * self.dim
+
+
+Side = FirstOrder | SecondEmbedding | CrossedIds

@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mldcn import interactions
 from mldcn.config import ModelConfig
 from mldcn.data.batch import EncodedLayout
-from mldcn.embedding import Embedder
+from mldcn.embedding import Embedder, SideEmbedder
 from mldcn.errors import UserError
 from mldcn.files import atomic
 from mldcn.heads import TaskHeads
@@ -32,7 +33,8 @@ class Scorer(nn.Module):
     """``logits = heads(deep(interaction(x0)))``: all of a model but its embeddings.
 
     With ``deep.structure: stacked`` the MLP reads the interaction's output; with ``parallel`` it reads ``x0``
-    and the heads read both outputs side by side (DCN V2, Figure 1).
+    and the heads read both outputs side by side (DCN V2, Figure 1). Of an interaction with one representation
+    a task, each task's head reads its own, behind an MLP whose weights the tasks share.
 
     Args:
         config: the ``model`` part of a config.
@@ -45,7 +47,8 @@ class Scorer(nn.Module):
 
     def __init__(self, config: ModelConfig, layout: FieldLayout, tasks: Sequence[str]) -> None:
         super().__init__()
-        self.interaction = interactions.build(config.interaction, layout)
+        self.interaction = interactions.build(config.interaction, layout, num_tasks=len(tasks))
+        self.inputs = [layout.width, *(side.width(layout) for side in self.interaction.sides)]
         self.parallel = config.deep.structure == "parallel"
         crossed = self.interaction.out_features
         self.deep = MLP(
@@ -58,19 +61,56 @@ class Scorer(nn.Module):
         self.heads = TaskHeads(shared, tasks, config.heads.hidden)
 
     def forward(self, x0: Tensor) -> Tensor:
-        """``(B, d) -> (B, T)``."""
-        crossed = self.interaction(x0)
-        shared = torch.cat([crossed, self.deep(x0)], dim=1) if self.parallel else self.deep(crossed)
-        logits: Tensor = self.heads(shared)
-        return logits
+        """``(B, d) -> (B, T)``; the interaction's side inputs stand behind ``x0``'s own columns."""
+        x0, crossed = self._crossed(x0)
+        return self._logits(x0, crossed)
+
+    def with_streams(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, T)``, and those of each stream alone, ``(S, B, T)``.
+
+        With linear heads the whole's logit is the mean of the streams', as in DCNv3.
+        """
+        x0, crossed = self._crossed(x0)
+        count = len(self.interaction.streams)
+        alone = []
+        for stream in self.interaction.streams:
+            only = torch.zeros_like(crossed)
+            only[..., stream] = count * crossed[..., stream]
+            alone.append(self._logits(x0, only))
+        return self._logits(x0, crossed), torch.stack(alone)
+
+    def whole_batches(self) -> bool:
+        """Whether a part looks at the whole batch in training, which must then not be cut."""
+        kinds = (_BatchNorm, interactions.Regularised)
+        return bool(self.interaction.streams) or any(isinstance(module, kinds) for module in self.modules())
 
     def flops(self) -> dict[str, int]:
         """GEMM FLOPs per example by part: 2 x the multiply-adds of every matrix product."""
+        repeats = 1 if self.parallel else self.interaction.num_tasks or 1
         return {
             "interaction": self.interaction.flops(),
-            "deep": self.deep.flops(),
+            "deep": repeats * self.deep.flops(),
             "heads": self.heads.flops(),
         }
+
+    def _crossed(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """``x0`` without side inputs, and the interaction's result."""
+        if len(self.inputs) == 1:
+            return x0, self.interaction(x0)
+        x0, *sides = torch.split(x0, self.inputs, dim=1)
+        return x0, self.interaction(x0, *sides)
+
+    def _logits(self, x0: Tensor, crossed: Tensor) -> Tensor:
+        if self.parallel:
+            deep = self.deep(x0)
+            if crossed.dim() == 3:
+                deep = deep.unsqueeze(1).expand(-1, crossed.shape[1], -1)
+            shared = torch.cat([crossed, deep], dim=-1)
+        else:
+            # BatchNorm takes rows only.
+            shared = self.deep(crossed.flatten(0, -2)).unflatten(0, crossed.shape[:-1])
+        logits: Tensor = self.heads(shared)
+        return logits
 
 
 class Ranker(nn.Module):
@@ -90,6 +130,8 @@ class Ranker(nn.Module):
         self.tasks = layout.tasks
         self.embedder = Embedder(layout, schema, config.embedding)
         self.scorer = Scorer(config, self.embedder.layout, layout.tasks)
+        sides = self.scorer.interaction.sides
+        self.sides = SideEmbedder(sides, layout, schema, config.embedding, self.embedder.layout)
         self.position_bias: nn.Embedding | None = None
         if layout.num_positions:
             self.position_bias = nn.Embedding(layout.num_positions + 1, len(layout.tasks))
@@ -103,19 +145,30 @@ class Ranker(nn.Module):
             dense: ``(B, D)``.
             position: ``(B,)`` logged positions, 0 where unknown; the serving position when not given.
         """
-        return self.logits(self.embedder(ids, dense), position)
+        return self.logits(self.embed(ids, dense), position)
+
+    def embed(self, ids: Tensor, dense: Tensor) -> Tensor:
+        """``x0 (B, d)``, and behind its columns those of the side inputs that the interaction asks for."""
+        x0: Tensor = self.embedder(ids, dense)
+        return torch.cat([x0, *self.sides(ids, dense)], dim=1) if self.sides.widths else x0
 
     def logits(self, x0: Tensor, position: Tensor | None = None) -> Tensor:
-        """Logits ``(B, T)`` from what the embedder made, ``x0 (B, d)``."""
+        """Logits ``(B, T)`` from what :meth:`embed` made."""
         logits: Tensor = self.scorer(x0)
         return logits if self.position_bias is None else logits + self.position_logit(position)
+
+    def stream_logits(self, x0: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, T)``, and those of the interaction's streams alone, ``(S, B, T)``."""
+        logits, streams = self.scorer.with_streams(x0)
+        if self.position_bias is None:
+            return logits, streams
+        bias = self.position_logit(position)
+        return logits + bias, streams + bias
 
     @torch.inference_mode()
     def relevance(self, ids: Tensor, dense: Tensor) -> Tensor:
         """Logits ``(B, T)`` before the position's term, without gradients, part by part."""
-        found = [
-            self.scorer(self.embedder(ids[part], dense[part])) for part in self.parts(len(ids), ids.device)
-        ]
+        found = [self.scorer(self.embed(ids[part], dense[part])) for part in self.parts(len(ids), ids.device)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def parts(self, rows: int, device: torch.device) -> list[slice]:
@@ -136,11 +189,23 @@ class Ranker(nn.Module):
 
     def flops(self) -> dict[str, int]:
         """GEMM FLOPs per example by part; look-ups and element-wise work are not counted."""
-        return {"embedding": self.embedder.flops(), **self.scorer.flops()}
+        return {"embedding": self.embedder.flops() + self.sides.flops(), **self.scorer.flops()}
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients are sparse in their rows, by their names."""
+        return {f"embedder.{name}": table for name, table in self.embedder.tables().items()} | {
+            f"sides.{name}": table for name, table in self.sides.tables().items()
+        }
+
+    def spans(self) -> dict[str, dict[str, slice]]:
+        """Parameter, as :meth:`tables` names it -> table -> its rows there."""
+        return {f"embedder.{name}": spans for name, spans in self.embedder.spans().items()} | {
+            f"sides.{name}": spans for name, spans in self.sides.spans().items()
+        }
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters in tables and elsewhere."""
-        tables = {id(table) for table in self.embedder.tables().values()}
+        tables = {id(table) for table in self.tables().values()}
         counts = {"embedding": 0, "dense": 0}
         for parameter in self.parameters():
             counts["embedding" if id(parameter) in tables else "dense"] += parameter.numel()

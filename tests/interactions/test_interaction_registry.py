@@ -30,8 +30,11 @@ def test_what_is_known_of_each(name):
     known = interactions.info(name)
     assert known.title
     assert known.paper
-    assert 2015 < known.year < 2030
-    assert known.knob is None or known.knob in known.config.model_fields
+    assert 1900 < known.year < 2030
+    assert known.order
+    assert known.cost
+    for knob in (known.knob, known.secondary):
+        assert knob is None or knob in known.config.model_fields
     assert known.config is interactions.config_of(name)
     assert get_args(known.config.model_fields["name"].annotation) == (name,)
     assert known.cls.__doc__
@@ -90,7 +93,7 @@ def test_a_constructor_refuses_bad_values(make, message):
 
 
 def test_a_name_is_registered_once_and_its_knob_and_defaults_exist():
-    known = {"title": "x", "paper": "x", "year": 2020}
+    known = {"title": "x", "paper": "x", "year": 2020, "order": "1", "cost": "0"}
     with pytest.raises(ValueError, match="twice"):
         register("mldcn", **known, knob="rank")(MLDCN)
     with pytest.raises(ValueError, match="no option widht"):

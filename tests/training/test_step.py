@@ -8,7 +8,7 @@ from mldcn.config import ModelConfig
 from mldcn.data.batch import Batch, EncodedLayout, IdSlot
 from mldcn.model import Ranker
 from mldcn.schema import Categorical, Label, Schema
-from mldcn.training.loss import task_loss
+from mldcn.training.loss import task_losses
 from mldcn.training.step import backpropagate
 
 ROWS, WIDTH = 50, 8
@@ -47,7 +47,8 @@ def gradients(model, rows_at_a_time, monkeypatch):
 @pytest.mark.parametrize("rows_at_a_time", [1, 16, 64])
 def test_parts_sum_to_the_batch(rows_at_a_time, monkeypatch):
     model, whole = ranker(), batch()
-    loss = task_loss(model(whole.ids, whole.dense, whole.position), whole.labels, whole.weight, TASK_WEIGHTS)
+    losses = task_losses(model(whole.ids, whole.dense, whole.position), whole.labels, whole.weight)
+    loss = (losses * TASK_WEIGHTS).sum()
     loss.backward()
     expected = {name: p.grad.to_dense() for name, p in model.named_parameters()}
     found_loss, found = gradients(model, rows_at_a_time, monkeypatch)

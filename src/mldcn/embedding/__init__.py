@@ -1,5 +1,6 @@
 """From a batch to ``x0``: tables, pooling, sequences, normalisation."""
 
 from mldcn.embedding.embedder import Embedder
+from mldcn.embedding.sides import SideEmbedder
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "SideEmbedder"]

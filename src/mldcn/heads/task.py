@@ -13,6 +13,8 @@ from mldcn.interactions.dnn import MLP
 class TaskHeads(nn.Module):
     """Independent MLPs ending in one logit each: ``(B, d) -> (B, T)``.
 
+    Given one representation a task, ``(B, T, d)``, each reads its own (MMoE).
+
     Args:
         in_features: width d of the shared part.
         tasks: names of the T tasks.
@@ -31,8 +33,10 @@ class TaskHeads(nn.Module):
 
     def forward(self, shared: Tensor) -> Tensor:
         """Logits ``(B, T)``."""
+        own = shared.unbind(1) if shared.dim() == 3 else [shared] * len(self.towers)
         return torch.cat(
-            [logit(tower(shared)) for tower, logit in zip(self.towers, self.logits, strict=True)], dim=1
+            [logit(tower(each)) for each, tower, logit in zip(own, self.towers, self.logits, strict=True)],
+            dim=1,
         )
 
     def flops(self) -> int:

@@ -1,6 +1,17 @@
 """Feature-interaction architectures: ``x0 (B, d) -> (B, d')``, each a drop-in for every other."""
 
-from mldcn.interactions.base import Info, Interaction, build, config_of, info, names, parse, register
+from mldcn.interactions.base import (
+    Info,
+    Interaction,
+    Regularised,
+    auxiliary_loss,
+    build,
+    config_of,
+    info,
+    names,
+    parse,
+    register,
+)
 from mldcn.interactions.cross import DCNV2, DCNMix, DCNV2LowRank
 from mldcn.interactions.dnn import DNN, MLP
 from mldcn.interactions.homefeed import Homefeed
@@ -19,7 +30,9 @@ __all__ = [
     "Interaction",
     "MaskNet",
     "ParallelMaskNet",
+    "Regularised",
     "SerialMaskNet",
+    "auxiliary_loss",
     "build",
     "config_of",
     "info",

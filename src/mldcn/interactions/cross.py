@@ -177,7 +177,7 @@ def _flops(modules: nn.ModuleList) -> int:
     return sum(module.flops() for module in modules)  # type: ignore[operator]
 
 
-@register("dcnv2", title="DCN-V2", paper=PAPER, year=2021, knob="projection")
+@register("dcnv2", title="DCN-V2", paper=PAPER, year=2021, order="L + 1", cost="2Ld²", knob="projection")
 class DCNV2(_CrossNetwork):
     """Full-rank cross network: layers of :class:`CrossLayer`. Polynomial order ``num_layers + 1``.
 
@@ -220,7 +220,15 @@ class DCNV2(_CrossNetwork):
         return entry + super().flops()
 
 
-@register("dcnv2_lowrank", title="DCN-V2, low rank", paper=PAPER, year=2021, knob="rank")
+@register(
+    "dcnv2_lowrank",
+    title="DCN-V2, low rank",
+    paper=PAPER,
+    year=2021,
+    order="L + 1",
+    cost="4Ldr",
+    knob="rank",
+)
 class DCNV2LowRank(_CrossNetwork):
     """Low-rank cross network: layers of :class:`LowRankCrossLayer`. Polynomial order ``num_layers + 1``.
 
@@ -248,7 +256,15 @@ class DCNV2LowRank(_CrossNetwork):
         self.layers = nn.ModuleList(LowRankCrossLayer(layout.width, rank, relu) for _ in range(num_layers))
 
 
-@register("dcn_mix", title="DCN-Mix", paper=PAPER, year=2021, knob="rank")
+@register(
+    "dcn_mix",
+    title="DCN-Mix",
+    paper=PAPER,
+    year=2021,
+    order="none (gates)",
+    cost="L (4Kdr + 2Kr² + 2Kd)",
+    knob="rank",
+)
 class DCNMix(Interaction):
     """Mixture of low-rank cross experts: layers of :class:`ExpertCrossLayer` (DCN V2, Eq. 3, 4).
 

@@ -64,6 +64,8 @@ class MLP(nn.Module):
     title="DNN",
     paper="Covington et al., Deep Neural Networks for YouTube Recommendations",
     year=2016,
+    order="none (ReLU)",
+    cost="Σ 2ab",
     knob="hidden",
 )
 class DNN(Interaction):

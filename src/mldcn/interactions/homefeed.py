@@ -15,6 +15,8 @@ from mldcn.layout import FieldLayout, as_layout
     title="Homefeed stack",
     paper="Improving feature interactions at Pinterest under industry constraints",
     year=2024,
+    order="2 (L + 1)",
+    cost="2u (2dk + dq) + 2L (uq)²",
     knob="width",
 )
 class Homefeed(Interaction):

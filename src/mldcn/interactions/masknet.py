@@ -57,7 +57,15 @@ class MaskBlock(nn.Module):
         return self._flops
 
 
-@register("masknet", title="MaskNet", paper=PAPER, year=2021, knob="width")
+@register(
+    "masknet",
+    title="MaskNet",
+    paper=PAPER,
+    year=2021,
+    order="2^L",
+    cost="2L (2t + 1) d²",
+    knob="width",
+)
 class MaskNet(Interaction):
     """MaskNet as the ML-DCN paper restates it (Eq. 5 to 7), in series.
 
@@ -106,7 +114,15 @@ class MaskNet(Interaction):
         return _flops(self.blocks)
 
 
-@register("masknet_serial", title="MaskNet, serial", paper=PAPER, year=2021, knob="width")
+@register(
+    "masknet_serial",
+    title="MaskNet, serial",
+    paper=PAPER,
+    year=2021,
+    order="L + 1",
+    cost="Σ 2 (dk + kn + nq)",
+    knob="width",
+)
 class SerialMaskNet(Interaction):
     """Serial MaskNet: a mask block on the embedding, then mask blocks on mask blocks.
 
@@ -155,7 +171,15 @@ class SerialMaskNet(Interaction):
         return _flops(self.blocks)
 
 
-@register("masknet_parallel", title="MaskNet, parallel", paper=PAPER, year=2021, knob="width")
+@register(
+    "masknet_parallel",
+    title="MaskNet, parallel",
+    paper=PAPER,
+    year=2021,
+    order="2",
+    cost="2u (2dk + dq)",
+    knob="width",
+)
 class ParallelMaskNet(Interaction):
     """Parallel MaskNet: mask blocks side by side on the embedding, concatenated.
 

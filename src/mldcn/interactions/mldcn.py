@@ -151,12 +151,22 @@ class MLDCNLayer(nn.Module):
         return 2 * (cross + (self.mask.macs if self.mask is not None else 0))
 
 
-@register("mldcn", title="ML-DCN", paper=PAPER, year=2026, knob="rank")
+@register(
+    "mldcn",
+    title="ML-DCN",
+    paper=PAPER,
+    year=2026,
+    order="2^(L+1) - 1",
+    cost="2L (2dr + dk + kr)",
+    knob="rank",
+)
 @register(
     "mldcn_plain",
     title="ML-DCN, Eq. 8 taken plainly",
     paper=PAPER,
     year=2026,
+    order="2^(L+1) - 1",
+    cost="2L (2dr + dk + kr)",
     knob="rank",
     norm_gain=1.0,
     mask_start="xavier",

@@ -145,7 +145,7 @@ class Trainer:
             check_labels(data.valid, self.model.tasks, self.monitor_task, self.monitor)
         if training.compile:
             self.model.scorer.compile()
-        self.tables = self.model.embedder.tables()
+        self.tables = self.model.tables()
         self.optimisers = build_optimisers(training.optimiser, self.model)
         self.peak_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimisers]
         self.average = WeightAverage(self.model, training.ema, self.tables) if training.ema else None

@@ -11,7 +11,7 @@ from mldcn.training.table_optim import LazyAdam, RowWiseAdagrad
 
 def build_optimisers(config: OptimiserConfig, model: Ranker) -> list[torch.optim.Optimizer]:
     """The dense parameters' optimiser, and the tables' whose steps touch only the batch's rows."""
-    tables = list(model.embedder.tables().values())
+    tables = list(model.tables().values())
     known = {id(table) for table in tables}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
     kind = torch.optim.AdamW if config.dense == "adamw" else torch.optim.Adam

@@ -173,13 +173,13 @@ class WarmStart:
         config = load_config(self.run.config)
         with torch.device("meta"):  # nothing is allocated
             before = Ranker(config.model, config.log_schema, self._layout())
-        after = model.embedder.spans()
+        after = model.spans()
         return {
-            f"embedder.{name}": [
+            name: [
                 (rows, slice(after[name][table].start, after[name][table].start + rows.stop - rows.start))
                 for table, rows in tables.items()
             ]
-            for name, tables in before.embedder.spans().items()
+            for name, tables in before.spans().items()
         }
 
     def _layout(self) -> EncodedLayout:
