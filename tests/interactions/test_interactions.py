@@ -184,6 +184,17 @@ def test_exports_for_any_batch_size(case):
 
 
 @every_case
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traces_to_torchscript_for_any_batch_size(case):
+    """By tracing: PyTorch has given up scripting for export, and tracing asks nothing of the code."""
+    module = case.build().eval()
+    traced = torch.jit.trace(module, inputs(module, n=4), check_trace=False)
+    for size in (1, 7):
+        given = inputs(module, n=size)
+        torch.testing.assert_close(traced(*given), module(*given))
+
+
+@every_case
 @pytest.mark.parametrize("training", [False, True], ids=["serving", "training"])
 def test_compiles_without_a_graph_break(case, training):
     """Traced whole; the compiler behind it is PyTorch's own business."""
