@@ -156,21 +156,40 @@ class ExpertCrossLayer(nn.Module):
         return 2 * (2 * self.down.weight.numel() + inner)
 
 
-class _CrossNetwork(Interaction):
-    """Layers ``(x0, x_l) -> x_{l+1}`` from ``x_0 = x0``."""
+class CrossNetwork(Interaction):
+    """Layers ``(x0, x_l) -> x_{l+1}`` from ``x_0 = x0``, or from ``x0`` behind an :func:`entry`."""
 
+    projection: nn.Module
     layers: nn.ModuleList
 
     def forward(self, x0: Tensor) -> Tensor:
-        """``(B, d) -> (B, d)``."""
+        """``(B, d) -> (B, d)``, or ``(B, p)`` behind a projection of width p."""
+        x0 = self.projection(x0)
         x = x0
         for layer in self.layers:
             x = layer(x0, x)
         return x
 
     def flops(self) -> int:
-        """The sum of the layers' FLOPs."""
-        return _flops(self.layers)
+        """The sum of the projection's and the layers' FLOPs."""
+        return entry_flops(self.projection) + _flops(self.layers)
+
+
+def entry(features: int, width: int | None) -> nn.Module:
+    """A linear map from d to ``width`` columns without a bias, Xavier-normal; with None, the identity.
+
+    The width that full-rank layers take from what they read, and so the knob of networks of such layers.
+    """
+    if width is None:
+        return nn.Identity()
+    linear = nn.Linear(features, width, bias=False)
+    nn.init.xavier_normal_(linear.weight)
+    return linear
+
+
+def entry_flops(module: nn.Module) -> int:
+    """``2dp`` of an :func:`entry` of width p; 0 where there is none."""
+    return 2 * module.weight.numel() if isinstance(module, nn.Linear) else 0
 
 
 def _flops(modules: nn.ModuleList) -> int:
@@ -178,7 +197,7 @@ def _flops(modules: nn.ModuleList) -> int:
 
 
 @register("dcnv2", title="DCN-V2", paper=PAPER, year=2021, order="L + 1", cost="2Ld²", knob="projection")
-class DCNV2(_CrossNetwork):
+class DCNV2(CrossNetwork):
     """Full-rank cross network: layers of :class:`CrossLayer`. Polynomial order ``num_layers + 1``.
 
     ``L (d^2 + d)`` parameters, ``2 L d^2`` FLOPs; a projection of width p adds ``dp`` and ``2dp``, and makes
@@ -204,20 +223,8 @@ class DCNV2(_CrossNetwork):
         layout = as_layout(features)
         width = projection or layout.width
         super().__init__(layout.width, width)
-        self.projection: nn.Linear | None = None
-        if projection:
-            self.projection = nn.Linear(layout.width, projection, bias=False)
-            nn.init.xavier_normal_(self.projection.weight)
+        self.projection = entry(layout.width, projection)
         self.layers = nn.ModuleList(CrossLayer(width) for _ in range(num_layers))
-
-    def forward(self, x0: Tensor) -> Tensor:
-        """``(B, d) -> (B, d)``, or ``(B, p)``."""
-        return super().forward(self.projection(x0) if self.projection is not None else x0)
-
-    def flops(self) -> int:
-        """``2 L d^2``, or ``2dp + 2 L p^2``."""
-        entry = 2 * self.in_features * self.out_features if self.projection is not None else 0
-        return entry + super().flops()
 
 
 @register(
@@ -229,7 +236,7 @@ class DCNV2(_CrossNetwork):
     cost="4Ldr",
     knob="rank",
 )
-class DCNV2LowRank(_CrossNetwork):
+class DCNV2LowRank(CrossNetwork):
     """Low-rank cross network: layers of :class:`LowRankCrossLayer`. Polynomial order ``num_layers + 1``.
 
     ``L (2dr + d)`` parameters, ``4 L d r`` FLOPs. The DCN V2 paper found r = d / 4 to keep the accuracy.
@@ -253,6 +260,7 @@ class DCNV2LowRank(_CrossNetwork):
     ) -> None:
         layout = as_layout(features)
         super().__init__(layout.width, layout.width)
+        self.projection = nn.Identity()
         self.layers = nn.ModuleList(LowRankCrossLayer(layout.width, rank, relu) for _ in range(num_layers))
 
 
