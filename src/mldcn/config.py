@@ -172,6 +172,20 @@ class RecoveryConfig(Strict):
     )
 
 
+class PruningConfig(Strict):
+    """DeepLight's pruning by magnitude: k steps after the warm-up, a share s (1 - 0.99^(k / span)) is zero."""
+
+    sparsity: float = Field(0.9, gt=0, lt=1, description="s, that the share of zeros grows to")
+    warmup_epochs: int = Field(2, ge=0, description="epochs before the first weight is pruned")
+    every: int = Field(10, ge=1, description="steps from one pruning to the next; between them weights regrow")
+    span: float = Field(
+        100.0, gt=0, description="100 as published: half of s after 6,900 steps; less for a shorter run"
+    )
+    dense: float = Field(1.0, ge=0, le=1, description="times s: of each matrix of interaction, deep part, towers")
+    field_pairs: float = Field(1.0, ge=0, le=1, description="times s: of the weights R of field pairs (FwFM)")
+    embedding: float = Field(0.444, ge=0, le=1, description="times s: of all tables of x0 together")
+
+
 class TrainingConfig(Strict):
     """The training loop."""
 
@@ -198,6 +212,7 @@ class TrainingConfig(Strict):
         False, description="keep the optimisers' state in the run, for fit --warm-start --optimiser keep"
     )
     recovery: RecoveryConfig = RecoveryConfig()
+    pruning: PruningConfig | None = None
     amp: Literal["off", "bf16"] = "off"
     compile: bool = False
     tensorboard: bool = False
@@ -229,8 +244,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         UserError: the file is unreadable or says something that no config says.
     """
     raw = read_yaml(path)
-    for override in overrides:
-        _override(raw, override)
+    for each in overrides:
+        override(raw, each)
     return parse(Config, raw, str(path))
 
 
@@ -280,21 +295,26 @@ def parse(model: type[Model], raw: Any, where: str) -> Model:
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
+def override(raw: dict[str, Any], change: str) -> None:
+    """Changes a tree of plain data as ``key.path=value`` says, whose value is YAML.
+
+    Raises:
+        UserError: it says something else, or there is a value where the path needs keys.
+    """
+    path, equals, text = change.partition("=")
     if not equals:
-        raise UserError(f"--set {override}: expected key.path=value")
+        raise UserError(f"--set {change}: expected key.path=value")
     *parents, last = path.split(".")
     node = raw
     for key in parents:
         child = node.setdefault(key, {})
         if not isinstance(child, dict):
-            raise UserError(f"--set {override}: {key!r} holds no keys")
+            raise UserError(f"--set {change}: {key!r} holds no keys")
         node = child
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: not a YAML value ({' '.join(str(error).split())})") from None
+        raise UserError(f"--set {change}: not a YAML value ({' '.join(str(error).split())})") from None
 
 
 def _explain(model: type[BaseModel], raw: Any, item: Any) -> str:

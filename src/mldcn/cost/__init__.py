@@ -1,0 +1,45 @@
+"""What models cost: FLOPs, parameters, memory and time; and widths that meet a budget of any of them."""
+
+from mldcn.cost.budget import match_flops, meet_budget, scorer_flops, scorer_parameters, x0_layout
+from mldcn.cost.flops import Work, WorkCounter, module_flops
+from mldcn.cost.latency import Latency, Timings, matrix_rate, measure_latency, median_latency
+from mldcn.cost.memory import Memory, Step, Training, estimate_memory, measure_memory
+from mldcn.cost.model import ModelCost, interaction_work, model_cost, total
+from mldcn.cost.sample import log_layout, plain_schema, sample_batch
+from mldcn.cost.solver import Solution, interaction_flops, interaction_parameters, solve_width
+from mldcn.cost.target import Target, load_target, meet
+
+__all__ = [
+    "Latency",
+    "Memory",
+    "ModelCost",
+    "Solution",
+    "Step",
+    "Target",
+    "Timings",
+    "Training",
+    "Work",
+    "WorkCounter",
+    "estimate_memory",
+    "interaction_flops",
+    "interaction_parameters",
+    "interaction_work",
+    "load_target",
+    "log_layout",
+    "match_flops",
+    "matrix_rate",
+    "measure_latency",
+    "measure_memory",
+    "median_latency",
+    "meet",
+    "meet_budget",
+    "model_cost",
+    "module_flops",
+    "plain_schema",
+    "sample_batch",
+    "scorer_flops",
+    "scorer_parameters",
+    "solve_width",
+    "total",
+    "x0_layout",
+]

@@ -1,21 +1,49 @@
-"""Counting GEMM FLOPs, and turning an architecture's width knob until it meets a FLOPs budget."""
+"""Counting the work of a forward pass: matrix products, element-wise arithmetic, rows looked up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mldcn import interactions
-from mldcn.errors import UserError
-from mldcn.layout import FieldLayout
+REST = "rest"  # what belongs to no part
 
-# No model here is wider; beyond it a budget cannot be met by this knob.
-MAX_WIDTH = 1 << 20
+aten = torch.ops.aten
+# Arithmetic for each number of the first input, of operations that are no map of element to element.
+# A LayerNorm: mean 1, deviation from it 1, its square and sum 2, scaling 2, gain and bias 2.
+_PER_INPUT: dict[Any, int] = {
+    aten.sum: 1,
+    aten.mean: 1,
+    aten.prod: 1,
+    aten.cumsum: 1,
+    aten.amax: 1,
+    aten.amin: 1,
+    aten.max: 1,
+    aten.min: 1,
+    aten.linalg_vector_norm: 2,
+    aten.logsumexp: 3,
+    aten.var: 4,
+    aten.std: 4,
+    aten.var_mean: 4,
+    aten._softmax: 4,
+    aten._log_softmax: 4,
+    aten.native_layer_norm: 8,
+    aten.native_group_norm: 8,
+    # In serving the statistics are constants: a scale and a shift.
+    aten.native_batch_norm: 2,
+    aten._native_batch_norm_legit_no_training: 2,
+}
+# The added term, one number of the output each.
+_WITH_SUM = {aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv}
+# Copies, which PyTorch too calls maps of elements.
+_COPIES = {aten.clone, aten.positive}
 
 
 def module_flops(module: nn.Module, *inputs: Tensor) -> int:
@@ -33,75 +61,154 @@ def module_flops(module: nn.Module, *inputs: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """An architecture whose FLOPs are nearest to a budget.
+class Work:
+    """What a forward pass does.
 
-    options: its config as a mapping, ``name`` included. residual: ``flops / budget - 1``.
+    gemm: FLOPs of matrix products, 2 x the multiply-adds. elementwise: all other arithmetic on floating-point
+    numbers: one for each number that a map of elements gives (whatever the function costs) and that a
+    reduction reads, 4 for one of a softmax, 8 for one of a LayerNorm. row_bytes: of table rows looked up.
+    Copies, casts and arithmetic on ids are not counted.
     """
 
-    options: dict[str, Any]
-    knob: str
-    flops: int
-    residual: float
+    gemm: int = 0
+    elementwise: int = 0
+    row_bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.gemm + other.gemm, self.elementwise + other.elementwise, self.row_bytes + other.row_bytes
+        )
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.gemm * times, self.elementwise * times, self.row_bytes * times)
 
 
-def solve_width(
-    name: str,
-    features: int | FieldLayout,
-    budget_flops: float,
-    options: Mapping[str, Any] | None = None,
-    knob: str | None = None,
-    *,
-    tolerance: float = 0.05,
-    extra_flops: Callable[[int], int] | None = None,
-) -> Solution:
-    """The value of an architecture's width knob whose FLOPs per example are nearest to a budget.
+class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Random initialisers do nothing: PyTorch's take a millisecond each on ``meta``, to the same effect."""
 
-    FLOPs grow with the knob, so a binary search finds it. A knob that holds several widths (the DNN's
-    ``hidden``) keeps their proportions.
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (aten.normal_, aten.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def meta() -> Iterator[None]:
+    """Modules that are built within have sizes and no memory."""
+    with torch.device("meta"), _Unfilled():  # type: ignore[no-untyped-call]
+        yield
+
+
+class ValueGuess(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets code that reads a value off a tensor run on tensors without values (meta, fake).
+
+    Such code asks whether something is wrong, and is told that nothing is: ``any`` is False, ``all`` is True.
+    A number that it reads is 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._last = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return self._last if args[0].dtype == torch.bool else 1
+        packet = func.overloadpacket
+        if packet in (aten.any, aten.all):
+            self._last = packet is aten.all
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operation, and looks at what it does."""
+        return func(*args, **kwargs)
+
+
+class WorkCounter(ValueGuess):  # type: ignore[no-untyped-call]
+    """Adds up the work of everything that runs within it, by part; it runs on any device, best on ``meta``.
 
     Args:
-        name: the architecture.
-        features: width of ``x0``, or its layout.
-        budget_flops: GEMM FLOPs per example.
-        options: the architecture's other options.
-        knob: the option to turn; the architecture's own by default.
-        tolerance: the largest share by which the FLOPs may miss the budget.
-        extra_flops: what follows the interaction, from its output width (a head whose input it is).
-
-    Raises:
-        UserError: there is no such option, it is no width, or no value comes within the tolerance.
+        parts: name -> modules; what runs in none of them is :data:`REST`.
     """
-    knob = knob or interactions.info(name).knob
-    base = {**(options or {}), "name": name}
-    if knob is None or knob not in interactions.config_of(name).model_fields:
-        raise UserError(f"interaction {name}: there is no width to turn called {knob!r}")
-    shape = getattr(interactions.parse(base), knob)
-    if shape == () or isinstance(shape, bool | str | float):
-        raise UserError(f"interaction {name}: {knob} is no width to turn (it is {shape!r})")
 
-    def spec(value: int) -> dict[str, Any]:
-        if isinstance(shape, tuple):
-            first = shape[0]
-            return {**base, knob: tuple(max(1, round(width * value / first)) for width in shape)}
-        return {**base, knob: value}
+    def __init__(self, parts: Mapping[str, Sequence[nn.Module]] | None = None) -> None:
+        super().__init__()
+        self.parts = parts or {}
+        self.work = {name: Work() for name in (*self.parts, REST)}
+        self._now = REST
 
-    def flops(value: int) -> int:
-        with torch.device("meta"):
-            module = interactions.build(spec(value), features)
-        return module.flops() + (extra_flops(module.out_features) if extra_flops else 0)
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Counts an operation."""
+        packet = func.overloadpacket
+        if packet not in flop_registry:
+            # In inference mode PyTorch leaves it to us to take composite operations apart.
+            with self:
+                whole = func.decompose(*args, **kwargs)
+            if whole is not NotImplemented:
+                return whole
+        out = func(*args, **kwargs)
+        gemm = int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
+        rows = out.numel() * out.element_size() if packet is aten.embedding else 0
+        self.work[self._now] += Work(gemm, _elementwise(func, args, out), rows)
+        return out
 
-    low, high = 1, 2
-    while high < MAX_WIDTH and flops(high) < budget_flops:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if flops(middle) < budget_flops else (low, middle)
-    best = min((low, high), key=lambda value: abs(flops(value) - budget_flops))
-    solution = Solution(spec(best), knob, flops(best), flops(best) / budget_flops - 1)
-    if abs(solution.residual) > tolerance:
-        raise UserError(
-            f"interaction {name}: no {knob} comes within {tolerance:.1%} of {budget_flops:,.0f} FLOPs per "
-            f"example; the nearest, {best}, has {solution.flops:,} ({solution.residual:+.1%})"
-        )
-    return solution
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Counts, and knows which part runs."""
+        hooks: list[Any] = []
+
+        def entered(name: str) -> Callable[..., None]:
+            def enter(*_: Any) -> None:
+                self._now = name
+
+            return enter
+
+        for name, modules in self.parts.items():
+            for module in modules:
+                hooks.append(module.register_forward_pre_hook(entered(name)))
+                hooks.append(module.register_forward_hook(entered(REST)))
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def per_example(
+    run: Callable[[int], object], parts: Mapping[str, Sequence[nn.Module]] | None = None
+) -> tuple[dict[str, Work], dict[str, Work]]:
+    """The work of each part per example, and per pass whatever the batch (products of weights, for example).
+
+    Args:
+        run: a forward pass of so many examples.
+        parts: name -> modules.
+    """
+    small, large = (_count(run, parts, size) for size in (2, 4))
+    example, call = {}, {}
+    for name in small:
+        twice = large[name] + small[name] * -1
+        example[name] = Work(twice.gemm // 2, twice.elementwise // 2, twice.row_bytes // 2)
+        call[name] = small[name] + example[name] * -2
+    return example, call
+
+
+def _count(
+    run: Callable[[int], object], parts: Mapping[str, Sequence[nn.Module]] | None, size: int
+) -> dict[str, Work]:
+    counter = WorkCounter(parts)
+    with torch.no_grad(), counter.watching():
+        run(size)
+    return counter.work
+
+
+def _elementwise(func: Any, args: Any, out: Any) -> int:
+    packet = func.overloadpacket
+    first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+    if first is None or not first.is_floating_point():
+        return 0
+    if packet in _PER_INPUT:
+        return _PER_INPUT[packet] * int(args[0].numel())
+    if packet in _WITH_SUM:
+        return first.numel()
+    return first.numel() if torch.Tag.pointwise in func.tags and packet not in _COPIES else 0

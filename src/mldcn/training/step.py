@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from mldcn.config import TrainingConfig
 from mldcn.data.batch import Batch
 from mldcn.interactions import auxiliary_loss
 from mldcn.model import Ranker
 from mldcn.training.loss import known_weight, task_losses
+from mldcn.training.optimisers import build_optimisers
+from mldcn.training.table_optim import clip_grad_norm
 
 
 def backpropagate(model: Ranker, batch: Batch, task_weights: Tensor, *, bf16: bool = False) -> Tensor:
@@ -61,3 +66,29 @@ def _losses(model: Ranker, x0: Tensor, batch: Batch, part: slice, total: Tensor)
     logits, streams = model.stream_logits(x0, position)
     own = torch.stack([task_losses(stream, labels, weight, total) for stream in streams])
     return interaction.stream_loss(task_losses(logits, labels, weight, total), own)
+
+
+class TrainingStep:
+    """One batch, from its loss to the moved weights: a run's step without schedule, average and recovery.
+
+    Its memory is what ``mldcn.cost`` measures and estimates.
+
+    Args:
+        model: on its device.
+        config: optimisers, clipping and precision.
+    """
+
+    def __init__(self, model: Ranker, config: TrainingConfig) -> None:
+        self.model, self.config = model, config
+        self.optimisers: Sequence[torch.optim.Optimizer] = build_optimisers(config.optimiser, model)
+        self.task_weights = torch.ones(len(model.tasks), device=next(model.parameters()).device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Trains on a batch; gives its loss."""
+        loss = backpropagate(self.model, batch, self.task_weights, bf16=self.config.amp == "bf16")
+        if self.config.optimiser.clip_norm is not None:
+            clip_grad_norm(self.model.parameters(), self.config.optimiser.clip_norm)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return loss
