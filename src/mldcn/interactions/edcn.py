@@ -37,7 +37,9 @@ class Regulation(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.gates = nn.Parameter(torch.ones(2, len(layout)))
-        fields = torch.arange(len(layout)).repeat_interleave(torch.tensor(layout.widths))
+        fields = torch.arange(len(layout)).repeat_interleave(
+            torch.tensor(layout.widths), output_size=layout.width
+        )
         self.register_buffer("columns", fields, persistent=False)
         self.norms = nn.ModuleList(
             nn.BatchNorm1d(layout.width) if batch_norm else nn.Identity() for _ in range(2)
