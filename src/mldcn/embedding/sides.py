@@ -37,7 +37,7 @@ class FirstOrderTerms(nn.Module):
         dense = [field.kind in ("numeric", "embedding") for field in fields]
         self.columns = list(fields.widths)
         self.weight = nn.Parameter(torch.zeros(fields.width))
-        mask = torch.tensor(dense).repeat_interleave(torch.tensor(fields.widths))
+        mask = torch.tensor(dense).repeat_interleave(torch.tensor(fields.widths), output_size=fields.width)
         self.register_buffer("dense", mask, persistent=False)
 
     dense: Tensor
