@@ -15,33 +15,45 @@ from mldcn.interactions.base import (
 from mldcn.interactions.cross import DCNV2, DCNMix, DCNV2LowRank
 from mldcn.interactions.dcn import DCN
 from mldcn.interactions.dcnv3 import DCNV3
+from mldcn.interactions.deepfm import NFM, DeepFM, WideDeep
 from mldcn.interactions.dnn import DNN, MLP
 from mldcn.interactions.edcn import EDCN
+from mldcn.interactions.fm import FM, LR, FwFM
 from mldcn.interactions.gdcn import GDCN
 from mldcn.interactions.homefeed import Homefeed
 from mldcn.interactions.masknet import MaskNet, ParallelMaskNet, SerialMaskNet
 from mldcn.interactions.mldcn import MLDCN
 from mldcn.interactions.parallel import ParallelDCNV2
+from mldcn.interactions.products import DLRM, PNN, PNN2016
 
 __all__ = [
-    "ParallelDCNV2",
-    "GDCN",
-    "EDCN",
-    "DCNV3",
     "DCN",
     "DCNV2",
+    "DCNV3",
+    "DLRM",
     "DNN",
+    "EDCN",
+    "FM",
+    "GDCN",
+    "LR",
     "MLDCN",
     "MLP",
+    "NFM",
+    "PNN",
+    "PNN2016",
     "DCNMix",
     "DCNV2LowRank",
+    "DeepFM",
+    "FwFM",
     "Homefeed",
     "Info",
     "Interaction",
     "MaskNet",
+    "ParallelDCNV2",
     "ParallelMaskNet",
     "Regularised",
     "SerialMaskNet",
+    "WideDeep",
     "auxiliary_loss",
     "build",
     "config_of",

@@ -27,6 +27,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     params: int = 0
     flops: int = 0
+    reads_x0: bool = True  # not only its side inputs
 
     @property
     def id(self) -> str:
