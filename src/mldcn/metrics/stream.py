@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -20,19 +19,68 @@ from mldcn.metrics.rows import Array, Rows, check_rows
 from mldcn.metrics.ties import SortedBlock, descending_blocks, descending_keys, tie_groups
 
 _NO_LABEL = -1
+_LEAST_ROWS = 1 << 16  # that a buffer has room for
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """labels ``(n, T)`` int8, scores ``(n, T)``, weights ``(n,)`` or None, each group ``(n,)`` int64."""
+class _Buffer:
+    """Rows in arrays that grow by doubling: labels, scores ``(n, T)``, weights and groups ``(n,)``.
 
-    labels: Array
-    scores: Array
-    weights: Array | None
-    groups: dict[str, Array]
+    Small arrays kept chunk by chunk would lie between the large ones that come and go with every batch, and
+    the allocator's heap would grow by what no longer fits between them.
+    """
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, tasks: int, groups: Sequence[str]) -> None:
+        self.rows = 0
+        self._tasks, self._names = tasks, tuple(groups)
+        self._columns: dict[str, Array] = {}
+
+    @property
+    def labels(self) -> Array:
+        """``(n, T)``; ``_NO_LABEL`` where there is none."""
+        return self._column("labels", np.empty((0, self._tasks), np.int8))
+
+    @property
+    def scores(self) -> Array:
+        """``(n, T)``."""
+        return self._column("scores", np.empty((0, self._tasks)))
+
+    @property
+    def weights(self) -> Array | None:
+        """``(n,)``, or None where rows have none."""
+        return self._columns["weights"][: self.rows] if "weights" in self._columns else None
+
+    @property
+    def groups(self) -> dict[str, Array]:
+        """``(n,)`` int64 each."""
+        return {name: self._column(f"group {name}", np.empty(0, np.int64)) for name in self._names}
+
+    def append(self, labels: Array, scores: Array, weights: Array | None, groups: dict[str, Array]) -> None:
+        """Copies rows in."""
+        new = {"labels": labels, "scores": scores, **{f"group {name}": groups[name] for name in self._names}}
+        if weights is not None:
+            new["weights"] = weights
+        for name, values in new.items():
+            self._write(name, values)
+        self.rows += len(labels)
+
+    def clear(self) -> None:
+        """Forgets the rows and keeps the memory."""
+        self.rows = 0
+
+    def _column(self, name: str, nothing: Array) -> Array:
+        return self._columns[name][: self.rows] if name in self._columns else nothing
+
+    def _write(self, name: str, values: Array) -> None:
+        kept = self._columns.get(name)
+        end = self.rows + len(values)
+        if kept is None or len(kept) < end or kept.dtype != np.result_type(kept, values):
+            kind = values.dtype if kept is None else np.result_type(kept, values)
+            size = max(end, 2 * self.rows, _LEAST_ROWS)
+            grown = np.empty((size, *values.shape[1:]), kind)
+            if kept is not None:
+                grown[: self.rows] = kept[: self.rows]
+            self._columns[name] = kept = grown
+        kept[self.rows : end] = values
 
 
 class MetricStream:
@@ -75,8 +123,7 @@ class MetricStream:
         self._workdir = workdir
         self._folder: Path | None = None
         self._cleanup = contextlib.ExitStack()
-        self._chunks: list[_Chunk] = []
-        self._buffered = 0
+        self._buffer = _Buffer(len(self.tasks), self._group_names)
         self._weighted: bool | None = None
         self._sums = [PointSums() for _ in self.tasks]
         self._by_score: list[ExternalSort] = []
@@ -123,19 +170,16 @@ class MetricStream:
         for t, rows in enumerate(checked):
             codes[slice(None) if rows.kept is None else rows.kept, t] = rows.positive
         kind = np.float32 if scores.dtype in (np.float16, np.float32) else np.float64
-        # Copies: the caller may fill the same buffers again.
-        weights = None if weights is None else np.array(weights, np.float64)
-        self._chunks.append(_Chunk(codes, np.array(scores, kind), weights, columns))
-        self._buffered += len(labels)
-        if self._buffered > self._memory_rows:
+        weights = None if weights is None else np.asarray(weights, np.float64)
+        self._buffer.append(codes, scores.astype(kind, copy=False), weights, columns)
+        if self._buffer.rows > self._memory_rows:
             self._spill()
 
     def compute(self) -> dict[str, dict[str, float]]:
         """Task -> metric -> value, NaN where undefined. More chunks may follow."""
-        if self._folder is not None and self._chunks:
+        if self._folder is not None and self._buffer.rows:
             self._spill()
-        chunk = None if self._folder is not None else _join(self._chunks, len(self.tasks), self._group_names)
-        return {task: self._compute(t, chunk) for t, task in enumerate(self.tasks)}
+        return {task: self._compute(t) for t, task in enumerate(self.tasks)}
 
     def reliability(self) -> dict[str, ReliabilityCurve]:
         """Task -> reliability curve, as of the last :meth:`compute`."""
@@ -166,10 +210,10 @@ class MetricStream:
             columns[name] = column.astype(np.int64)
         return columns
 
-    def _compute(self, task: int, chunk: _Chunk | None) -> dict[str, float]:
+    def _compute(self, task: int) -> dict[str, float]:
         sums = self._sums[task]
-        rows = None if chunk is None else _rows(chunk, task)
-        blocks = self._merged_scores(task) if rows is None else descending_blocks(rows)
+        spilled = self._folder is not None
+        blocks = self._merged_scores(task) if spilled else descending_blocks(_rows(self._buffer, task))
         ranks = RankSums(precision=True)
         reliability = ReliabilitySums(sums.weight, self._bins)
         for ties in tie_groups(blocks):
@@ -185,7 +229,7 @@ class MetricStream:
             "ece": curve.error,
             "pr_auc": ranks.pr_auc,
         }
-        grouped = {name: self._group_sums(task, name, chunk) for name in self._group_names}
+        grouped = {name: self._group_sums(task, name) for name in self._group_names}
         if self._gauc_by is not None:
             values["gauc"] = grouped[self._gauc_by].gauc
         if self._hit_by is not None:
@@ -194,13 +238,13 @@ class MetricStream:
                 values[f"hit_rate@{k}"] = grouped[self._hit_by].hit_rate(k)
         return values
 
-    def _group_sums(self, task: int, name: str, chunk: _Chunk | None) -> GroupSums:
+    def _group_sums(self, task: int, name: str) -> GroupSums:
         sums = GroupSums(hit_at=self._hit_at if name == self._hit_by else ())
-        if chunk is None:
+        if self._folder is not None:
             blocks = self._merged_groups(task, name)
         else:
-            known = chunk.groups[name] != 0
-            blocks = grouped_blocks(_rows(chunk, task, known), chunk.groups[name])
+            groups = self._buffer.groups[name]
+            blocks = grouped_blocks(_rows(self._buffer, task, groups != 0), groups)
         for block in blocks:
             sums.add(block)
         return sums
@@ -214,12 +258,11 @@ class MetricStream:
             self._by_group = {
                 name: ExternalSort(folder / f"group-{g}") for g, name in enumerate(self._group_names)
             }
-        chunk = _join(self._chunks, len(self.tasks), self._group_names)
-        self._chunks, self._buffered = [], 0
+        buffer = self._buffer
         width = len(self.tasks)
         weight = [("weight", np.float64)] if self._weighted else []
         for t, sort in enumerate(self._by_score):
-            rows = _rows(chunk, t)
+            rows = _rows(buffer, t)
             run = np.empty(len(rows), [("key", np.uint64), ("positive", np.bool_), *weight])
             run["key"] = descending_keys(rows.scores.astype(np.float64))
             run["positive"] = rows.positive
@@ -227,17 +270,19 @@ class MetricStream:
                 run["weight"] = rows.weights
             sort.add(run)
         for name, sort in self._by_group.items():
-            known = np.flatnonzero(chunk.groups[name])
+            groups = buffer.groups[name]
+            known = np.flatnonzero(groups)
             run = np.empty(
                 len(known),
                 [("key", np.int64), ("labels", np.int8, (width,)), ("scores", np.float64, (width,)), *weight],
             )
-            run["key"] = chunk.groups[name][known]
-            run["labels"] = chunk.labels[known]
-            run["scores"] = chunk.scores[known]
-            if chunk.weights is not None:
-                run["weight"] = chunk.weights[known]
+            run["key"] = groups[known]
+            run["labels"] = buffer.labels[known]
+            run["scores"] = buffer.scores[known]
+            if buffer.weights is not None:
+                run["weight"] = buffer.weights[known]
             sort.add(run)
+        buffer.clear()
 
     def _merged_scores(self, task: int) -> Iterator[SortedBlock]:
         # Half the rows, since a merge holds its block twice.
@@ -257,26 +302,11 @@ class MetricStream:
             )
 
 
-def _join(chunks: list[_Chunk], tasks: int, groups: Sequence[str]) -> _Chunk:
-    if not chunks:
-        nothing = np.empty((0, tasks))
-        return _Chunk(
-            nothing.astype(np.int8), nothing, None, {name: np.empty(0, np.int64) for name in groups}
-        )
-    weights = [chunk.weights for chunk in chunks if chunk.weights is not None]
-    return _Chunk(
-        np.concatenate([chunk.labels for chunk in chunks]),
-        np.concatenate([chunk.scores for chunk in chunks]),
-        np.concatenate(weights) if weights else None,
-        {name: np.concatenate([chunk.groups[name] for chunk in chunks]) for name in groups},
-    )
-
-
-def _rows(chunk: _Chunk, task: int, among: Array | None = None) -> Rows:
+def _rows(buffer: _Buffer, task: int, among: Array | None = None) -> Rows:
     """The rows with a label for a task, of those in the mask ``among``."""
-    labels = chunk.labels[:, task]
+    labels = buffer.labels[:, task]
     kept = labels != _NO_LABEL
     if among is not None:
         kept &= among
-    weights = None if chunk.weights is None else chunk.weights[kept]
-    return Rows(labels[kept] == 1, chunk.scores[:, task][kept], weights, kept)
+    weights = None if buffer.weights is None else buffer.weights[kept]
+    return Rows(labels[kept] == 1, buffer.scores[:, task][kept], weights, kept)
