@@ -16,17 +16,26 @@ from mldcn.interactions.cross import DCNV2, DCNMix, DCNV2LowRank
 from mldcn.interactions.dcn import DCN
 from mldcn.interactions.dcnv3 import DCNV3
 from mldcn.interactions.deepfm import NFM, DeepFM, WideDeep
+from mldcn.interactions.deeplight import DeepFwFM
+from mldcn.interactions.dhen import DHEN
 from mldcn.interactions.dnn import DNN, MLP
 from mldcn.interactions.edcn import EDCN
+from mldcn.interactions.finalmlp import FinalMLP
 from mldcn.interactions.fm import FM, LR, FwFM
 from mldcn.interactions.gdcn import GDCN
 from mldcn.interactions.homefeed import Homefeed
 from mldcn.interactions.masknet import MaskNet, ParallelMaskNet, SerialMaskNet
 from mldcn.interactions.mldcn import MLDCN
+from mldcn.interactions.moe import MMoE, MoE
 from mldcn.interactions.parallel import ParallelDCNV2
 from mldcn.interactions.products import DLRM, PNN, PNN2016
 
 __all__ = [
+    "MoE",
+    "MMoE",
+    "FinalMLP",
+    "DeepFwFM",
+    "DHEN",
     "DCN",
     "DCNV2",
     "DCNV3",
