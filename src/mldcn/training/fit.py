@@ -39,6 +39,7 @@ from mldcn.training.identity import changes, monitored, spelled_out, what_counts
 from mldcn.training.interrupt import Interrupted, stop_signals
 from mldcn.training.observers import Metrics, Observer, Progress, trackers
 from mldcn.training.optimisers import build_optimisers
+from mldcn.training.pruning import Pruner
 from mldcn.training.recovery import LossWatch, Place, Trouble, all_finite, extreme_values
 from mldcn.training.schedule import lr_factor
 from mldcn.training.step import backpropagate
@@ -160,6 +161,9 @@ class Trainer:
         self.history = History(run.history)
         self.steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
         self.total_steps = self.steps_per_epoch * training.epochs
+        self.pruner: Pruner | None = None
+        if training.pruning is not None:
+            self.pruner = Pruner(training.pruning, self.model, self.steps_per_epoch, training.epochs)
         self.observers = [*observers, *trackers(config, run.path, resume=resume)]
 
     def fit(self, resume: bool) -> Summary:
@@ -200,6 +204,8 @@ class Trainer:
                 self.watch.add(place, *self._step(batch))
             position.step += 1
             position.batch += 1
+            if self.pruner is not None and self.pruner.due(position.step):
+                self._prune(self.pruner)
             epoch_over = position.batch == self.steps_per_epoch
             evaluated = (
                 epoch_over if training.eval_steps is None else position.step % training.eval_steps == 0
@@ -261,6 +267,21 @@ class Trainer:
         if self.average:
             self.average.after_step(touched)
         return loss, norm
+
+    def _prune(self, pruner: Pruner) -> None:
+        """Zeroes the smallest weights, as many as the schedule asks for by now."""
+        if self.average:
+            # An untouched row's average is caught up with from the weights it had all along.
+            self.average.sync()
+        pruner.prune(self.position.step)
+
+    @contextlib.contextmanager
+    def _weights_to_keep(self) -> Iterator[None]:
+        """Inside the block the model holds what is evaluated and kept: averaged and pruned weights."""
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            if self.pruner is not None:
+                self.pruner.prune(self.position.step)
+            yield
 
     def _touched(self) -> dict[str, Tensor]:
         assert self.average is not None
@@ -342,7 +363,7 @@ class Trainer:
         """Scores the validation rows, and keeps the weights if they are the best."""
         assert self.data.valid is not None
         config, position = self.config.training, self.position
-        with self.average.applied() if self.average else contextlib.nullcontext():
+        with self._weights_to_keep():
             metrics = self._evaluate(self.data.valid).metrics
             value = metrics[self.monitor_task][self.monitor]
             sign = 1.0 if metric_info(self.monitor).higher_is_better else -1.0
@@ -350,6 +371,8 @@ class Trainer:
                 position.best is None or sign * (value - position.best) > config.min_delta
             )
             better = better or position.best_step < 0
+            # Denser weights are no match for those that the pruning is after.
+            better = better or (self.pruner is not None and self.pruner.growing(position.best_step))
             if better:
                 position.best = value if value == value else position.best
                 position.best_step, position.stale = position.step, 0
@@ -365,7 +388,7 @@ class Trainer:
     def _keep_last(self) -> None:
         """Keeps the last weights, where no rows say which are the best."""
         self.position.best_step = self.position.step
-        with self.average.applied() if self.average else contextlib.nullcontext():
+        with self._weights_to_keep():
             save_weights(self.model, self.run.weights)
         self._keep_state()
 
@@ -425,6 +448,7 @@ class Trainer:
                 "flops": summary.flops,
                 "parameters": summary.parameters,
                 "troubles": [trouble.to_json() for trouble in self.troubles],
+                **({"zeros": self.pruner.found()} if self.pruner is not None else {}),
             }
         )
         for observer in self.observers:
