@@ -16,6 +16,7 @@ from mldcn.interactions.dcn import VectorCrossLayer
 from mldcn.interactions.dcnv3 import SelfMaskCrossLayer, SplitHeads
 from mldcn.interactions.edcn import Bridge, Regulation
 from mldcn.interactions.gdcn import GatedCrossLayer
+from mldcn.interactions.tokens import ResizedFields
 from mldcn.layout import FieldLayout
 from mldcn.model import Scorer
 
@@ -237,6 +238,18 @@ def test_dcnv3_joins_the_exponential_and_the_linear_network():
     torch.testing.assert_close(both(x0), torch.cat(parts, dim=1))
 
 
+def test_resized_fields_share_the_columns_evenly():
+    torch.manual_seed(0)
+    resized = ResizedFields(layout_of([1, 3, 2]), 5)
+    assert resized.layout.widths == (2, 2, 1)
+    x0 = torch.randn(4, 6)
+    before = resized(x0)
+    x0[:, 1:4] += 1.0
+    assert (resized(x0) != before).all(dim=0).tolist() == [False, False, True, True, False]
+    with pytest.raises(ValueError, match="projection 2 is below the number of fields, 3"):
+        EDCN(layout_of([1, 3, 2]), projection=2)
+
+
 # Stacks side by side -----------------------------------------------------------------------------------------
 
 
@@ -285,6 +298,8 @@ def test_initial_spreads():
     layer = EDCN(300, num_layers=1, bridge="attention").layers[0]
     for linear in (layer.dense, layer.bridge.parts[0][0], layer.bridge.parts[1][0]):
         assert spread(linear.weight) == pytest.approx(math.sqrt(2 / 600), rel=0.02)
+    wide = ResizedFields(layout_of([300, 300]), 400)
+    assert spread(wide.projections[0]) == pytest.approx(math.sqrt(2 / 500), rel=0.02)
     narrow = DCN(500, projection=100).projection
     assert spread(narrow.weight) == pytest.approx(math.sqrt(2 / 600), rel=0.02)
     nets = [DCN(8), GDCN(8), EDCN(8, bridge="concat"), DCNV3(8), ParallelDCNV2(8)]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mldcn.interactions.base import Count, DropRate, Interaction, register
-from mldcn.interactions.tokens import FieldTokens
+from mldcn.interactions.tokens import ResizedFields
 from mldcn.layout import FieldLayout, as_layout
 
 PAPER = "Li et al., DCNv3: Towards Next Generation Deep Cross Network for CTR Prediction"
@@ -104,7 +104,7 @@ class SplitHeads(nn.Module):
     year=2024,
     order="2^L",
     cost="2 (L + L') d ⌈d/2⌉",
-    knob="token_width",
+    knob="projection",
 )
 @register(
     "sdcnv3",
@@ -113,7 +113,7 @@ class SplitHeads(nn.Module):
     year=2024,
     order="2^L",
     cost="2 (L + L') d ⌈d/2⌉",
-    knob="token_width",
+    knob="projection",
     loss="whole",
 )
 @register(
@@ -123,7 +123,7 @@ class SplitHeads(nn.Module):
     year=2024,
     order="2^L",
     cost="2Ld ⌈d/2⌉",
-    knob="token_width",
+    knob="projection",
     num_shallow_layers=0,
 )
 @register(
@@ -133,7 +133,7 @@ class SplitHeads(nn.Module):
     year=2024,
     order="L + 1",
     cost="2Ld ⌈d/2⌉",
-    knob="token_width",
+    knob="projection",
     num_deep_layers=0,
 )
 class DCNV3(Interaction):
@@ -148,7 +148,7 @@ class DCNV3(Interaction):
     predicts worse than the whole is trained on its own too.
 
     With d the width of a head, ``n = ceil(d / 2)`` and L layers in both networks together:
-    ``L (dn + d + 2n)`` parameters, ``2 H L d n`` FLOPs, and those of :class:`FieldTokens`.
+    ``L (dn + d + 2n)`` parameters, ``2 H L d n`` FLOPs, and those of :class:`ResizedFields`.
 
     Args:
         features: the layout of ``x0`` (with one head, d columns), or its width.
@@ -162,7 +162,8 @@ class DCNV3(Interaction):
         layer_norm: inside the mask.
         batch_norm: before the mask.
         dropout: after every layer.
-        token_width: width to which every field is projected first; by default fields stay as they are.
+        projection: columns in all to which the fields are projected first, each by itself; by default fields
+            stay as they are.
 
     Raises:
         ValueError: neither network has a layer.
@@ -188,17 +189,18 @@ class DCNV3(Interaction):
         layer_norm: bool = True,
         batch_norm: bool = False,
         dropout: DropRate = 0.0,
-        token_width: Count | None = None,
+        projection: Count | None = None,
     ) -> None:
         if not num_deep_layers and not num_shallow_layers:
             raise ValueError("num_deep_layers and num_shallow_layers are both 0; one network needs a layer")
         layout = as_layout(features)
-        fields = FieldLayout.uniform(len(layout), token_width) if token_width else layout
+        resized = ResizedFields(layout, projection) if projection else None
+        fields = resized.layout if resized else layout
         heads = SplitHeads(fields, num_heads)
         width = heads.features
         both = bool(num_deep_layers and num_shallow_layers)
         super().__init__(layout.width, 2 * width if both else width)
-        self.tokens = FieldTokens(layout, token_width) if token_width else None
+        self.projection = resized
         self.heads = heads
 
         def stack(layers: int) -> nn.ModuleList:
@@ -213,7 +215,7 @@ class DCNV3(Interaction):
 
     def forward(self, x0: Tensor) -> Tensor:
         """``(B, d) -> (B, 2d)``, or ``(B, d)`` with one network; d / H in place of d with H heads."""
-        split = self.heads(x0 if self.tokens is None else self.tokens(x0).flatten(1))  # (B, H, d)
+        split = self.heads(x0 if self.projection is None else self.projection(x0))  # (B, H, d)
         found = []
         x = split
         for layer in self.deep:
@@ -240,4 +242,4 @@ class DCNV3(Interaction):
         for module in self.modules():
             if isinstance(module, SelfMaskCrossLayer):
                 layers += 2 * self.heads.num_heads * module.linear.weight.numel()
-        return layers + (self.tokens.flops() if self.tokens is not None else 0)
+        return layers + (self.projection.flops() if self.projection is not None else 0)

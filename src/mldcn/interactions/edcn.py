@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mldcn.interactions.base import Count, Interaction, Ratio, register
 from mldcn.interactions.dcn import VectorCrossLayer
-from mldcn.interactions.tokens import FieldTokens
+from mldcn.interactions.tokens import ResizedFields
 from mldcn.layout import FieldLayout, as_layout
 
 PAPER = (
@@ -148,7 +148,7 @@ class EDCNLayer(nn.Module):
     year=2021,
     order="2^(L+1) - 1",
     cost="L (2d² + 2d)",
-    knob="token_width",
+    knob="projection",
 )
 class EDCN(Interaction):
     """Enhanced DCN: layers of :class:`EDCNLayer`, a cross and a deep tower that share after every layer.
@@ -158,7 +158,7 @@ class EDCN(Interaction):
     without norms and ReLU l layers reach order ``2^(l+1) - 1``; with the other bridges ``l + 1``.
 
     ``L (d^2 + 3d + 2F)`` parameters (with BatchNorm ``+ 4Ld``), ``L (2d^2 + 2d)`` FLOPs, and those of the
-    :class:`Bridge` in every layer and of :class:`FieldTokens`, which makes ``d = F token_width``.
+    :class:`Bridge` in every layer and of :class:`ResizedFields`, which makes d = projection.
 
     Args:
         features: the layout of ``x0`` (F fields, d columns), or its width (one field: no regulation).
@@ -166,7 +166,8 @@ class EDCN(Interaction):
         bridge: ``hadamard``, ``add``, ``concat`` or ``attention``, see :class:`Bridge`.
         temperature: of the softmax over the fields' gates.
         batch_norm: of the towers' inputs; without it the signal shrinks by F in every layer.
-        token_width: width to which every field is projected first; by default fields stay as they are.
+        projection: columns in all to which the fields are projected first, each by itself; by default fields
+            stay as they are.
 
     Example:
         >>> import torch
@@ -185,19 +186,20 @@ class EDCN(Interaction):
         bridge: Fusion = "hadamard",
         temperature: Ratio = 1.0,
         batch_norm: bool = True,
-        token_width: Count | None = None,
+        projection: Count | None = None,
     ) -> None:
         layout = as_layout(features)
-        fields = FieldLayout.uniform(len(layout), token_width) if token_width else layout
+        resized = ResizedFields(layout, projection) if projection else None
+        fields = resized.layout if resized else layout
         super().__init__(layout.width, 3 * fields.width)
-        self.tokens = FieldTokens(layout, token_width) if token_width else None
+        self.projection = resized
         self.layers = nn.ModuleList(
             EDCNLayer(fields, bridge, temperature, batch_norm) for _ in range(num_layers)
         )
 
     def forward(self, x0: Tensor) -> Tensor:
-        """``(B, d) -> (B, 3d)``, or ``(B, 3 F token_width)``."""
-        x = h = f = x0 if self.tokens is None else self.tokens(x0).flatten(1)
+        """``(B, d) -> (B, 3d)``, or ``(B, 3p)`` behind a projection to p columns."""
+        x = h = f = x0 if self.projection is None else self.projection(x0)
         c0: Tensor | None = None
         for layer in self.layers:
             c0, x, h, f = layer(c0, f)
@@ -206,4 +208,4 @@ class EDCN(Interaction):
     def flops(self) -> int:
         """``L (2d^2 + 2d)``, and those of the bridges and of the projection of fields."""
         layers = sum(layer.flops() for layer in self.layers if isinstance(layer, EDCNLayer))
-        return layers + (self.tokens.flops() if self.tokens is not None else 0)
+        return layers + (self.projection.flops() if self.projection is not None else 0)

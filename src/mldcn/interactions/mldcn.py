@@ -193,7 +193,8 @@ class MLDCN(Interaction):
         features: width d of ``x0``, or its layout.
         num_layers: cross layers; order and cost grow with it.
         rank: r, the width of the low-rank space.
-        mask_ratio: t = k / r, the width of the mask's inner layer over the rank.
+        mask_ratio: t = k / r, the width of the mask's inner layer over that of the mask. Eq. 5, where the
+            mask is d wide, has t = k / d; for that reading of Eq. 8 give t d / r.
         mask: parts of the mask (Table 4): ``full``, ``linear`` (one layer), ``relu`` (one layer and ReLU) or
             ``none``.
         mask_input: what the mask reads: ``x`` the layer's input, ``projected`` its projection, ``x0``.

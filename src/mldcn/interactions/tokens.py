@@ -1,4 +1,4 @@
-"""From the flat ``x0 (B, d)`` to one token a field, ``(B, F, e)``."""
+"""From the flat ``x0 (B, d)`` to one token a field, ``(B, F, e)``, and to fields of other widths."""
 
 from __future__ import annotations
 
@@ -59,3 +59,49 @@ class FieldTokens(nn.Module):
         """``sum(2 w e)`` over the projected fields."""
         projected: int = sum(projection.numel() for projection in self.projections.values())
         return 2 * projected
+
+
+class ResizedFields(nn.Module):
+    """Fields mapped one by one to p columns in all: ``x_f P_f``, where widths differ by one at most.
+
+    For architectures of fields that need no equal widths: p turns in finer steps than a width of all tokens.
+    No bias; Xavier-normal ``P_f``, by the fans of one field's matrix. With w and e the widths of a field
+    before and after: ``sum(w e)`` parameters, ``sum(2 w e)`` FLOPs.
+
+    Args:
+        layout: the F fields of ``x0``.
+        width: p. The first ``p mod F`` fields are one column wider than the others.
+
+    Raises:
+        ValueError: there are fewer columns than fields.
+    """
+
+    def __init__(self, layout: FieldLayout, width: int) -> None:
+        super().__init__()
+        least, wider = divmod(width, len(layout))
+        if least == 0:
+            raise ValueError(f"projection {width} is below the number of fields, {len(layout)}")
+        sizes = [least + (i < wider) for i in range(len(layout))]
+        self.layout = FieldLayout.build(
+            [(field.name, field.kind, field.source, size) for field, size in zip(layout, sizes, strict=True)]
+        )
+        # Neighbours of one shape are projected by one batched product.
+        shapes = zip(layout.widths, sizes, strict=True)
+        self.runs = [(before, after, len(list(run))) for (before, after), run in groupby(shapes)]
+        self.projections = nn.ParameterList(
+            torch.empty(count, before, after).normal_(std=math.sqrt(2 / (before + after)))
+            for before, after, count in self.runs
+        )
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """``(B, d) -> (B, p)``."""
+        parts = torch.split(x0, [before * count for before, _, count in self.runs], dim=1)
+        found = []
+        for part, projection, (before, _, count) in zip(parts, self.projections, self.runs, strict=True):
+            tokens = part.reshape(-1, count, before).transpose(0, 1)
+            found.append(torch.bmm(tokens, projection).transpose(0, 1).flatten(1))
+        return torch.cat(found, dim=1)
+
+    def flops(self) -> int:
+        """``sum(2 w e)``."""
+        return sum(2 * projection.numel() for projection in self.projections)

@@ -7,18 +7,20 @@ from families.case import LAYOUT, Case, D
 from families.cross import dcnv2
 from families.maths import at, count, layer_norm, relu
 
-# Tokens ------------------------------------------------------------------------------------------------------
+# Fields ------------------------------------------------------------------------------------------------------
 
 
-def projected(p, x0, widths, width):
-    """Every field by a matrix of its own; neighbours of one width share a parameter."""
+def projected(p, x0, widths, total):
+    """Every field by a matrix of its own; neighbours of one shape share a parameter."""
+    sizes = [total // len(widths) + (i < total % len(widths)) for i in range(len(widths))]
+    shapes = list(zip(widths, sizes, strict=True))
     out, start, run, place = [], 0, 0, 0
-    for i, each in enumerate(widths):
-        if i and each != widths[i - 1]:
+    for i, (width, _) in enumerate(shapes):
+        if i and shapes[i] != shapes[i - 1]:
             run, place = run + 1, 0
-        out.append(x0[start : start + each] @ p[f"projections.{run}"][place])
-        start, place = start + each, place + 1
-    return np.concatenate(out), (width,) * len(widths)
+        out.append(x0[start : start + width] @ p[f"projections.{run}"][place])
+        start, place = start + width, place + 1
+    return np.concatenate(out), tuple(sizes)
 
 
 # References --------------------------------------------------------------------------------------------------
@@ -62,10 +64,10 @@ def bridged(p, kind, x, h):
     return a[0] * x + a[1] * h
 
 
-def edcn(p, x0, widths, bridge="hadamard", temperature=1.0, batch_norm=True, token_width=None, **_):
+def edcn(p, x0, widths, bridge="hadamard", temperature=1.0, batch_norm=True, projection=None, **_):
     f = x0
-    if token_width:
-        f, widths = projected(at(p, "tokens"), x0, widths, token_width)
+    if projection:
+        f, widths = projected(at(p, "projection"), x0, widths, projection)
     base = None
     for i in range(count(p, "layers")):
         layer = at(p, f"layers.{i}")
@@ -107,15 +109,16 @@ HEADS = {
     1: [[0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]],
     2: [[0, 1, 4, 8, 2, 5, 9], [None, 3, 6, 10, None, 7, 11]],
 }
-# Four fields of two columns.
-HEADS_OF_TWO = [[0, 2, 4, 6, 1, 3, 5, 7]]
+# And where its fields are 3, 3, 2 and 2 columns wide.
+PROJECTED = [[0, 1, 3, 6, 8, 2, 4, 5, 7, 9]]
 
 
-def dcnv3(p, x0, widths, num_heads=1, layer_norm=True, batch_norm=False, token_width=None, **_):
+def dcnv3(p, x0, widths, num_heads=1, layer_norm=True, batch_norm=False, projection=None, **_):
     columns = HEADS[num_heads]
-    if token_width:
-        x0, _ = projected(at(p, "tokens"), x0, widths, token_width)
-        columns = HEADS_OF_TWO
+    if projection:
+        x0, sizes = projected(at(p, "projection"), x0, widths, projection)
+        assert sizes == (3, 3, 2, 2)
+        columns = PROJECTED
     streams = []
     for network in ("deep", "shallow"):
         if count(p, network) == 0:
@@ -155,15 +158,15 @@ def parallel(p, x0, widths, with_input=True, **_):
 F = len(LAYOUT)
 
 
-def _edcn(bridge="hadamard", layers=2, d=D, norm=True, tokens=0, **options):
+def _edcn(bridge="hadamard", layers=2, d=D, norm=True, entry=0, **options):
     of_bridge = {
         "hadamard": (0, 0),
         "add": (0, 0),
         "concat": (2 * d * d + d, 4 * d * d),
         "attention": (2 * (d * d + 2 * d), 4 * (d * d + d)),
     }[bridge]
-    params = layers * (d * d + 3 * d + 2 * F + (4 * d if norm else 0) + of_bridge[0]) + tokens
-    flops = layers * (2 * d * d + 2 * d + of_bridge[1]) + 2 * tokens
+    params = layers * (d * d + 3 * d + 2 * F + (4 * d if norm else 0) + of_bridge[0]) + entry
+    flops = layers * (2 * d * d + 2 * d + of_bridge[1]) + 2 * entry
     options = {"num_layers": layers, "bridge": bridge, **options}
     return Case("edcn", options if norm else options | {"batch_norm": False}, params, flops)
 
@@ -177,14 +180,14 @@ def _gdcn(name, hidden, layers=2, d=D, entry=0, **options):
     return Case(name, {"num_layers": layers, "hidden": list(hidden), **options}, params, flops)
 
 
-def _dcnv3(name, deep, shallow, d=D, heads=1, tokens=0, layer_norm=True, **options):
+def _dcnv3(name, deep, shallow, d=D, heads=1, entry=0, layer_norm=True, **options):
     n, layers = (d + 1) // 2, deep + shallow
     layer = d * n + d + (2 * n if layer_norm else 0) + (2 * heads if options.get("batch_norm") else 0)
     sizes = {} if name == "lcn" else {"num_deep_layers": deep}
     sizes |= {} if name == "ecn" else {"num_shallow_layers": shallow}
     options |= {"num_heads": heads} if heads > 1 else {}
     options |= {} if layer_norm else {"layer_norm": False}
-    return Case(name, sizes | options, layers * layer + tokens, 2 * heads * layers * d * n + 2 * tokens)
+    return Case(name, sizes | options, layers * layer + entry, 2 * heads * layers * d * n + 2 * entry)
 
 
 def _parallel(name, stacks, layers, d=D, entry=0, **options):
@@ -200,14 +203,14 @@ CASES = [
     _edcn("add", temperature=0.5),
     _edcn("concat", norm=False, temperature=3.0),
     _edcn("attention"),
-    _edcn(d=2 * F, token_width=2, tokens=2 * D),
+    _edcn(d=10, projection=10, entry=1 * 3 + 3 * 3 + 4 * 2 + 4 * 2),
     _gdcn("gdcn_p", (7, 5)),
     _gdcn("gdcn_p", (7,), d=5, projection=5, entry=5 * D),
     _gdcn("gdcn_s", ()),
     _gdcn("gdcn_s", (7, 5), batch_norm=True, dropout=0.5),
     _dcnv3("dcnv3", 2, 1),
     _dcnv3("dcnv3", 1, 2, d=7, heads=2, batch_norm=True),
-    _dcnv3("dcnv3", 1, 1, d=2 * F, tokens=2 * D, token_width=2, dropout=0.5),
+    _dcnv3("dcnv3", 1, 1, d=10, projection=10, entry=1 * 3 + 3 * 3 + 4 * 2 + 4 * 2, dropout=0.5),
     _dcnv3("sdcnv3", 2, 2, layer_norm=False),
     _dcnv3("ecn", 2, 0),
     _dcnv3("lcn", 0, 3),
