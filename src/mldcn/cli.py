@@ -379,19 +379,69 @@ def compare(
 
 @app.command()
 def models() -> None:
-    """Lists the interaction architectures.
+    """Lists the interaction architectures: paper, width knobs, interaction order, cost.
 
     Example: mldcn fit mldcn.yaml --set model.interaction.name=masknet_parallel
     """
     from mldcn import interactions
-    from mldcn.console import table
+    from mldcn.console import models_table
 
-    rows = []
-    for name in interactions.names():
-        info = interactions.info(name)
-        options = ", ".join(interactions.config_of(name).model_fields)
-        rows.append([name, info.title, f"{info.paper}, {info.year}", info.knob, options])
-    table("interactions", ["name", "what", "paper", "width knob", "options"], rows)
+    models_table([interactions.info(name) for name in interactions.names()])
+
+
+@app.command()
+def cost(
+    model: Annotated[str, typer.Argument(help="an architecture's name, a config's YAML file, or a run")],
+    schema: Annotated[
+        Path | None, typer.Option(help="a YAML file: schema, as in a config, or tables (name: rows), or both")
+    ] = None,
+    fields: Annotated[int, typer.Option(min=1, help="of a plain log, where there is no schema")] = 26,
+    width: Annotated[int | None, typer.Option(min=1, help="of every table; 16 by default")] = None,
+    rows: Annotated[int, typer.Option(min=3, help="of a table whose size nothing tells")] = 100_000,
+    settings: Settings = [],  # noqa: B006
+    budget: Annotated[
+        str | None,
+        typer.Option(help="turn the widths until flops=2e6, parameters=1e6 or latency@256=0.5 (ms) is met"),
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="of a request")] = 500,
+    batch_sizes: Annotated[str, typer.Option(help="rows scored at once, by commas")] = "1,16,256,4096",
+    latency: Annotated[bool, typer.Option("--latency", help="measure the time to score each batch")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="training's peak, estimated and measured")] = False,
+    device: Annotated[str, typer.Option(help="where to measure")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="a file for the same as data")] = None,
+) -> None:
+    """Shows what a model costs: FLOPs, parameters, memory traffic; with --memory and --latency, measures.
+
+    Example: mldcn cost mldcn --set interaction.rank=128 --budget flops=2e6
+    """
+    from json import dumps
+
+    from mldcn import cost as costs
+    from mldcn.console import cost_tables, latency_table, memory_table
+    from mldcn.files import write_text
+
+    sizes = costs.parse_sizes(batch_sizes)
+    target = costs.load_target(model, settings, schema, fields=fields, width=width, rows=rows)
+    if budget is not None:
+        target = costs.meet(target, budget, device=device)
+    found = costs.model_cost(target.model, target.schema, target.layout)
+    cost_tables(target, found, candidates, sizes)
+    peaks = timings = None
+    if memory:
+        from mldcn.training.step import TrainingStep
+
+        training = target.under(lambda ranker: TrainingStep(ranker, target.training), device)
+        peaks = {"estimated": costs.estimate_memory(training), "measured": costs.measure_memory(training)}
+        memory_table(training.batch_size, peaks)
+    if latency:
+        flops = costs.total(found.example).gemm
+        timings = costs.measure_latency(
+            target.model, target.schema, target.layout, flops, batch_sizes=sizes, device=device
+        )
+        latency_table(timings)
+    if json is not None:
+        data = costs.summary(target, found, candidates, sizes, peaks, timings)
+        write_text(json, dumps(data, indent=2) + "\n")
 
 
 @app.command()

@@ -17,8 +17,10 @@ from mldcn.data.rejects import Reject
 from mldcn.training.observers import Metrics, Observer
 from mldcn.training.observers import Progress as Step
 
-if TYPE_CHECKING:
-    from mldcn.repeats import Repeats  # loads PyTorch
+if TYPE_CHECKING:  # they load PyTorch
+    from mldcn.cost import Memory, ModelCost, Target, Timings
+    from mldcn.interactions import Info
+    from mldcn.repeats import Repeats
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
@@ -74,6 +76,87 @@ def repeats_tables(title: str, found: Repeats) -> None:
     if apart:
         columns = ["task", "mean prediction", "mean absolute difference", "relative"]
         table("predictions of the test rows, all pairs of copies", columns, apart)
+
+
+def models_table(infos: Sequence[Info]) -> None:
+    """Prints what the registry knows of architectures."""
+    rows = [
+        [
+            i.name,
+            i.title,
+            f"{i.paper}, {i.year}",
+            ", ".join(knob for knob in (i.knob, i.secondary) if knob) or "–",
+            i.order,
+            i.cost,
+        ]
+        for i in infos
+    ]
+    columns = ["name", "what", "paper", "width knobs", "order", "GEMM FLOPs an example"]
+    table("interactions; 'mldcn cost NAME' shows an architecture's options", columns, rows)
+
+
+def cost_tables(target: Target, cost: ModelCost, candidates: int, batch_sizes: Sequence[int]) -> None:
+    """Prints what a model costs: work and parameters by part, and the weights that it reads."""
+    from mldcn.cost import options, total
+
+    layout, request = target.x0(), cost.request(candidates)
+    rows: list[list[Any]] = [["tables", cost.table_parameters, "", "", "", ""]]
+    for part, work in cost.example.items():
+        whole = request[part]
+        rows.append([part, cost.parameters[part], work.gemm, work.elementwise, whole.gemm, whole.elementwise])
+    one, all_ = total(cost.example), total(request)
+    parameters = cost.table_parameters + sum(cost.parameters.values())
+    rows.append(["total", parameters, one.gemm, one.elementwise, all_.gemm, all_.elementwise])
+    shown = options(target)
+    name = shown.pop("name")
+    tasks = len(target.layout.tasks)
+    title = f"{name}: x0 of {layout.width} columns from {len(layout)} fields, {tasks} task{'s' * (tasks > 1)}"
+    columns = ["part", "parameters", "GEMM FLOPs", "element-wise", f"GEMM, request of {candidates}"]
+    table(title, [*columns, f"element-wise, request of {candidates}"], rows)
+    reads = ", ".join(f"{size(cost.bytes_read(batch))} in a batch of {batch:,}" for batch in batch_sizes)
+    out.print(
+        f"weights read for an example (its rows, its share of the dense weights): {reads}", markup=False
+    )
+    out.print("options: " + ", ".join(f"{key} {value}" for key, value in shown.items()), markup=False)
+    if target.assumed:
+        few = ", ".join(target.assumed[:5]) + (", …" if len(target.assumed) > 5 else "")
+        out.print(f"tables of {target.rows:,} rows are assumed: {few}", markup=False)
+
+
+def memory_table(batch_size: int, found: Mapping[str, Memory]) -> None:
+    """Prints the peak memory of training, estimated and measured."""
+    rows = [[how, size(m.lasting), size(m.step), size(m.peak)] for how, m in found.items()]
+    columns = ["how", "weights, optimiser, batch", "a step beyond them", "peak"]
+    table(f"training memory, batches of {batch_size:,}", columns, rows)
+
+
+def latency_table(timings: Timings) -> None:
+    """Prints how long a model takes to score batches."""
+    rows = [
+        [
+            f"{t.batch:,}",
+            f"{1e3 * t.median:.3f}",
+            f"{1e3 * t.p99:.3f}",
+            t.calls,
+            f"{t.batch / t.median:,.0f}",
+            share(t.share),
+        ]
+        for t in timings.latencies
+    ]
+    title = (
+        f"latency on {timings.device}, {timings.threads} thread(s); matrix products run at "
+        f"{timings.matrix_rate / 1e9:,.1f} GFLOP/s"
+    )
+    columns = ["batch", "median ms", "p99 ms", "calls", "rows/s", "share of that rate"]
+    table(title, columns, rows)
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= least:
+            return f"{count / least:,.2f} {unit}"
+    return f"{count:,.0f} bytes"
 
 
 def description_tables(description: Description) -> None:

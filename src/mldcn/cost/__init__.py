@@ -7,7 +7,8 @@ from mldcn.cost.memory import Memory, Step, Training, estimate_memory, measure_m
 from mldcn.cost.model import ModelCost, interaction_work, model_cost, total
 from mldcn.cost.sample import log_layout, plain_schema, sample_batch
 from mldcn.cost.solver import Solution, interaction_flops, interaction_parameters, solve_width
-from mldcn.cost.target import Target, load_target, meet
+from mldcn.cost.summary import options, summary
+from mldcn.cost.target import Target, load_target, meet, parse_sizes
 
 __all__ = [
     "Latency",
@@ -35,11 +36,14 @@ __all__ = [
     "meet_budget",
     "model_cost",
     "module_flops",
+    "options",
+    "parse_sizes",
     "plain_schema",
     "sample_batch",
     "scorer_flops",
     "scorer_parameters",
     "solve_width",
+    "summary",
     "total",
     "x0_layout",
 ]

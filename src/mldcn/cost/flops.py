@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 REST = "rest"  # what belongs to no part
 
@@ -40,6 +40,22 @@ _PER_INPUT: dict[Any, int] = {
     aten.native_batch_norm: 2,
     aten._native_batch_norm_legit_no_training: 2,
 }
+
+
+def _mv(matrix: Sequence[int], vector: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _addmv(added: Sequence[int], matrix: Sequence[int], vector: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _dot(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * a[0]
+
+
+# Products with a vector, as of a cross network whose weight is one: PyTorch counts only those of matrices.
+_WITH_VECTORS = {aten.mv: _mv, aten.addmv: _addmv, aten.dot: _dot, aten.vdot: _dot}
 # The added term, one number of the output each.
 _WITH_SUM = {aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv}
 # Copies, which PyTorch too calls maps of elements.
@@ -55,7 +71,7 @@ def module_flops(module: nn.Module, *inputs: Tensor) -> int:
         module: any module.
         inputs: its inputs; the first has the batch in front.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_WITH_VECTORS) as counter:
         module(*inputs)
     return int(counter.get_total_flops()) // inputs[0].shape[0]
 
@@ -136,18 +152,20 @@ class WorkCounter(ValueGuess):  # type: ignore[no-untyped-call]
         self.parts = parts or {}
         self.work = {name: Work() for name in (*self.parts, REST)}
         self._now = REST
+        self._formulas = FlopCounterMode(display=False, custom_mapping=_WITH_VECTORS).flop_registry
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Counts an operation."""
         packet = func.overloadpacket
-        if packet not in flop_registry:
+        if packet not in self._formulas:
             # In inference mode PyTorch leaves it to us to take composite operations apart.
             with self:
                 whole = func.decompose(*args, **kwargs)
             if whole is not NotImplemented:
                 return whole
         out = func(*args, **kwargs)
-        gemm = int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
+        formula = self._formulas.get(packet)
+        gemm = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         rows = out.numel() * out.element_size() if packet is aten.embedding else 0
         self.work[self._now] += Work(gemm, _elementwise(func, args, out), rows)
         return out

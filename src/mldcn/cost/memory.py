@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mldcn.config import ModelConfig
 from mldcn.cost.flops import ValueGuess
@@ -25,6 +26,8 @@ from mldcn.model import Ranker
 from mldcn.schema import Schema
 
 aten = torch.ops.aten
+# What reads one of a sparse tensor's two parts.
+_PARTS = {aten._indices: 0, aten.indices: 0, aten._values: 1, aten.values: 1}
 
 
 class Step(Protocol):
@@ -169,22 +172,27 @@ class _Tracker(ValueGuess):  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.distinct: dict[int, int] = {}
         self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+        # A fake sparse tensor forgets its rows: they are kept here.
+        self._rows = WeakTensorKeyDictionary()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operation, and follows the storages of its results."""
-        if func is aten.nonzero.default:
+        packet = func.overloadpacket
+        if packet in _PARTS and args[0] in self._rows:
+            return self._rows[args[0]][_PARTS[packet]]
+        if packet is aten.nonzero:
             asked = args[0]
             found = self.distinct.get(asked.numel(), asked.numel())
             out = asked.new_empty((found, asked.dim()), dtype=torch.int64)
         else:
             out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.layout == torch.sparse_coo:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._rows[out] = self._rows[given[0]] if given[0] in self._rows else tuple(given)
+            return out
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                if leaf.layout == torch.sparse_coo:
-                    self._follow(leaf._indices())
-                    self._follow(leaf._values())
-                else:
-                    self._follow(leaf)
+                self._follow(leaf)
         return out
 
     def _follow(self, tensor: Tensor) -> None:

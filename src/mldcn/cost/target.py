@@ -10,6 +10,7 @@ from mldcn import interactions
 from mldcn.config import ModelConfig, TrainingConfig, load_config, override, parse, read_yaml
 from mldcn.cost.budget import meet_budget, scorer_flops, scorer_parameters, x0_layout
 from mldcn.cost.latency import median_latency
+from mldcn.cost.memory import Trainer, Training
 from mldcn.cost.sample import PLAIN_FIELDS, PLAIN_ROWS, log_layout, parse_tables, plain_schema
 from mldcn.data.batch import EncodedLayout
 from mldcn.errors import UserError
@@ -37,6 +38,11 @@ class Target:
     def x0(self) -> FieldLayout:
         """The fields of the model's ``x0``."""
         return x0_layout(self.model, self.schema, self.layout)
+
+    def under(self, trainer: Trainer, device: str = "cpu") -> Training:
+        """The model in training, its memory to be found."""
+        size = self.training.batch_size
+        return Training(self.model, self.schema, self.layout, size, trainer, device)
 
 
 def load_target(
@@ -138,3 +144,18 @@ def meet(target: Target, budget: str, *, device: str = "cpu") -> Target:
     else:
         found = meet_budget(target.model, layout, lambda each: scorer_flops(each, layout, tasks), amount)
     return replace(target, model=found.subject)
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Batch sizes from a list with commas.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        sizes = tuple(int(each) for each in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"--batch-sizes {text}: expected numbers of rows by commas, 1,64,4096 for example")
+    return sizes

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class _TableOptimiser(torch.optim.Optimizer):
@@ -232,7 +233,9 @@ def lazy_zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     ``torch.zeros`` writes its zeros, so that the state of 5e7 rows would cost all its memory at once.
     """
     size = torch.Size(shape).numel() * like.element_size()
-    if sys.platform == "win32" or like.device.type != "cpu" or size < mmap.PAGESIZE:
+    # Fake tensors have no memory to spare, and live in a world of their own.
+    plain = like.device.type == "cpu" and not isinstance(like, FakeTensor)
+    if sys.platform == "win32" or not plain or size < mmap.PAGESIZE:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
