@@ -1,5 +1,7 @@
 """Feature-interaction architectures: ``x0 (B, d) -> (B, d')``, each a drop-in for every other."""
 
+from mldcn.interactions.afn import AFN
+from mldcn.interactions.autoint import AutoInt
 from mldcn.interactions.base import (
     Info,
     Interaction,
@@ -12,6 +14,7 @@ from mldcn.interactions.base import (
     parse,
     register,
 )
+from mldcn.interactions.cin import XDeepFM
 from mldcn.interactions.cross import DCNV2, DCNMix, DCNV2LowRank
 from mldcn.interactions.dcn import DCN
 from mldcn.interactions.dcnv3 import DCNV3
@@ -20,9 +23,11 @@ from mldcn.interactions.deeplight import DeepFwFM
 from mldcn.interactions.dhen import DHEN
 from mldcn.interactions.dnn import DNN, MLP
 from mldcn.interactions.edcn import EDCN
+from mldcn.interactions.fibinet import FiBiNET
 from mldcn.interactions.finalmlp import FinalMLP
 from mldcn.interactions.fm import FM, LR, FwFM
 from mldcn.interactions.gdcn import GDCN
+from mldcn.interactions.hcnet import HCNet
 from mldcn.interactions.homefeed import Homefeed
 from mldcn.interactions.masknet import MaskNet, ParallelMaskNet, SerialMaskNet
 from mldcn.interactions.mldcn import MLDCN
@@ -31,6 +36,7 @@ from mldcn.interactions.parallel import ParallelDCNV2
 from mldcn.interactions.products import DLRM, PNN, PNN2016
 
 __all__ = [
+    "AFN",
     "DCN",
     "DCNV2",
     "DCNV3",
@@ -46,12 +52,15 @@ __all__ = [
     "NFM",
     "PNN",
     "PNN2016",
+    "AutoInt",
     "DCNMix",
     "DCNV2LowRank",
     "DeepFM",
     "DeepFwFM",
+    "FiBiNET",
     "FinalMLP",
     "FwFM",
+    "HCNet",
     "Homefeed",
     "Info",
     "Interaction",
@@ -63,6 +72,7 @@ __all__ = [
     "Regularised",
     "SerialMaskNet",
     "WideDeep",
+    "XDeepFM",
     "auxiliary_loss",
     "build",
     "config_of",
