@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mldcn.data.located import Located
 from mldcn.data.reading import RawBlock
 from mldcn.data.rejects import BadRows
 from mldcn.errors import UserError
@@ -41,7 +42,9 @@ class Lists:
 
 def column(block: RawBlock, name: str) -> pa.Array:
     """A column of a block as one array, dictionaries decoded."""
-    chunks = block.table.column(name)
+    if isinstance(block.rows, Located):
+        return block.rows.column(name)
+    chunks = block.rows.column(name)
     array = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks == 1 else pa.concat_arrays(array.chunks)
@@ -165,6 +168,10 @@ def numbers(block: RawBlock, name: str, array: pa.Array | None = None, lists: Li
     Raises:
         UserError: a cell is no finite number.
     """
+    if array is None and isinstance(block.rows, Located):
+        whole = block.rows.whole_numbers(name)
+        if whole is not None:
+            return whole
     array = column(block, name) if array is None else array
     kind = array.type
     if is_text(kind):

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mldcn.data.batch import RESERVED_ROWS
-from mldcn.data.hashing import NO_KEY, Keys, first_words
+from mldcn.data.hashing import NO_KEY, Keys, Texts, first_words
 from mldcn.data.pipeline import give_memory_back
 from mldcn.data.vocabulary import KeyIndex, Vocabulary, VocabularyWriter
 from mldcn.files import atomic
@@ -60,7 +60,7 @@ class VocabularyBuilder:
         """Memory that the counted ids take, and that merging them may take."""
         return (len(self._keys) + self._new_size) * _ID_BYTES + self._text_bytes
 
-    def update(self, keys: Keys, counts: NDArray[np.int64], texts: pa.Array) -> None:
+    def update(self, keys: Keys, counts: NDArray[np.int64], texts: Texts) -> None:
         """Counts some ids; missing ones are left out.
 
         Args:

@@ -7,6 +7,9 @@ Each step is a bijection of h and of w_k, so that texts of one length up to 8 by
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +21,32 @@ Keys = NDArray[np.uint64]
 NO_KEY = 0
 
 _M = np.uint64(0x9E3779B97F4A7C15)
-_MASKS = np.array([(1 << 8 * length) - 1 for length in range(9)], dtype=np.uint64)
+# Keep so many bytes of a word.
+WORD_MASKS = np.array([(1 << 8 * length) - 1 for length in range(9)], dtype=np.uint64)
+
+
+class Texts(Protocol):
+    """Texts that are made when they are asked for; an Arrow array is some."""
+
+    def take(self, places: Any) -> pa.Array:
+        """Some of them."""
+
+
+@dataclass(frozen=True)
+class WordTexts:
+    """Texts of up to 8 bytes, none of them 0, that are given as words, ``(d,)``."""
+
+    words: Keys
+
+    def take(self, places: Any) -> pa.Array:
+        """Some of them."""
+        characters = self.words[np.asarray(places)].astype("<u8").view(np.uint8).reshape(-1, 8)
+        there = characters != 0
+        ends = np.zeros(len(characters) + 1, np.int32)
+        np.cumsum(there.sum(axis=1), out=ends[1:])
+        return pa.StringArray.from_buffers(
+            len(characters), pa.py_buffer(ends), pa.py_buffer(characters[there])
+        )
 
 
 def splitmix64(x: Keys) -> Keys:
@@ -62,12 +90,17 @@ def hash_texts(texts: pa.Array, seed: int = 0) -> Keys:
         keys[rows] = part
         done += 8
         rows = rows[lengths[rows] > done]
-    keys += lengths.astype(np.uint64)
-    keys = splitmix64(keys)
-    keys[keys == NO_KEY] = 1
+    keys = _finished(keys, lengths)
     if texts.null_count:
         keys[pc.is_null(texts).to_numpy(zero_copy_only=False)] = NO_KEY
     return keys
+
+
+def hash_words(words: Keys, lengths: NDArray[np.integer]) -> Keys:
+    """What :func:`hash_texts` gives for texts of up to 8 bytes that are given as words, ``(n,)``."""
+    keys = np.full(len(words), _start(0), np.uint64)
+    _absorb(keys, words, lengths)
+    return _finished(keys, lengths)
 
 
 def first_words(texts: pa.Array) -> Keys:
@@ -95,10 +128,16 @@ def _words(texts: pa.Array, kind: str) -> tuple[Keys, NDArray[np.int64], NDArray
 
 def _absorb(keys: Keys, words: Keys, lengths: NDArray[np.integer]) -> None:
     """One word a text, in place; an empty text takes a word of zero bytes."""
-    words = words & _MASKS[lengths]
+    words = words & WORD_MASKS[lengths]
     keys ^= words
     keys *= _M
     keys ^= keys >> np.uint64(32)
+
+
+def _finished(keys: Keys, lengths: NDArray[np.integer]) -> Keys:
+    keys = splitmix64(keys + lengths.astype(np.uint64))
+    keys[keys == NO_KEY] = 1
+    return keys
 
 
 def _start(seed: int) -> np.uint64:

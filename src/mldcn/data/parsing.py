@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mldcn.config import suggest
 from mldcn.data import cells
-from mldcn.data.hashing import Keys, hash_texts
+from mldcn.data.hashing import WORD_MASKS, Keys, Texts, WordTexts, hash_texts, hash_words
+from mldcn.data.located import Located
 from mldcn.data.reading import RawBlock
 from mldcn.data.rejects import BadRows, Reject
 from mldcn.data.transforms import LARGEST
@@ -38,6 +39,10 @@ _LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 _TRUTHS: Mapping[str, float] = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
 
 
+# The last bytes of a text that may be a whole number with a fraction.
+_FRACTION = np.uint64(int.from_bytes(b".0", "little"))
+
+
 @dataclass(frozen=True)
 class Ids:
     """Ids of one slot: each cell of ``codes`` ``(n, length)`` is a place in ``keys`` and ``texts``, ``(d,)`` each.
@@ -47,7 +52,7 @@ class Ids:
 
     codes: NDArray[np.signedinteger]
     keys: Keys
-    texts: pa.Array
+    texts: Texts
 
     @classmethod
     def of(cls, texts: pa.Array, meant: Callable[[pa.Array], pa.Array] = lambda texts: texts) -> Ids:
@@ -59,8 +64,31 @@ class Ids:
         """
         coded = texts.dictionary_encode()
         codes = (pc.fill_null(coded.indices, -1) if coded.null_count else coded.indices).to_numpy()
-        distinct = meant(coded.dictionary)
-        if distinct is not coded.dictionary:
+        return cls._meant(codes, coded.dictionary, meant)
+
+    @classmethod
+    def of_words(cls, words: Keys, missing: Keys, meant: Callable[[pa.Array], pa.Array]) -> Ids:
+        """The same of texts of up to 8 bytes that are given as words, ``(n,)``.
+
+        Args:
+            words: of the texts.
+            missing: of the texts that mean a missing id.
+            meant: as above.
+        """
+        coded = pa.array(words).dictionary_encode()
+        codes, distinct = coded.indices.to_numpy(), coded.dictionary.to_numpy()
+        for place in np.flatnonzero(np.isin(distinct, missing)):
+            codes = np.where(codes == place, np.int32(-1), codes)
+        texts = WordTexts(distinct)
+        lengths = np.searchsorted(WORD_MASKS, distinct)
+        if (distinct >> (8 * (lengths - 2)).view(np.uint64) == _FRACTION).any():
+            return cls._meant(codes, texts.take(np.arange(len(distinct))), meant)
+        return cls(codes[:, None], hash_words(distinct, lengths), texts)
+
+    @classmethod
+    def _meant(cls, codes: NDArray[np.int32], texts: pa.Array, meant: Callable[[pa.Array], pa.Array]) -> Ids:
+        distinct = meant(texts)
+        if distinct is not texts:
             # Two texts may stand for one id. The last code is that of a missing one, -1.
             again = distinct.dictionary_encode()
             distinct = again.dictionary
@@ -124,6 +152,11 @@ def number_columns(schema: Schema) -> set[str]:
     return {name for name in numeric if not uses[name]}
 
 
+def id_columns(schema: Schema) -> set[str]:
+    """The columns that single ids are made of."""
+    return {feature.log_column for feature in schema.features if isinstance(feature, Categorical)}
+
+
 def salvage(block: RawBlock, work: Callable[[RawBlock], Out]) -> tuple[Out, RawBlock]:
     """What ``work`` makes of a block, and the block it made it of.
 
@@ -179,7 +212,7 @@ def parse(schema: Schema, block: RawBlock, *, labels: bool = True, timed: bool =
         UserError: a cell is not what the schema says; names file, row, column, value and remedy. Where bad rows
             are skipped, it knows all of them (see :func:`salvage`).
     """
-    there = Counter(block.table.column_names)
+    there = Counter(block.rows.column_names)
     needed, _ = columns(schema, labels=labels)
     for name in needed:
         if name not in there:
@@ -238,6 +271,11 @@ def _times(block: RawBlock, name: str | None, *, required: bool) -> cells.Floats
 
 
 def _single(block: RawBlock, name: str) -> Ids:
+    if isinstance(block.rows, Located):
+        words = block.rows.id_words(name)
+        if words is not None:
+            missing = block.rows.wanted.missing_words
+            return Ids.of_words(words, missing, lambda distinct: cells.texts(block, name, distinct))
     array = cells.column(block, name)
     if not cells.is_text(array.type):
         return Ids.of(cells.texts(block, name, array))

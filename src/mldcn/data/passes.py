@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mldcn.config import ColumnSplit, Config, DataConfig, FilesSplit, HashSplit, OrderSplit
 from mldcn.data.encoder import Encoder
 from mldcn.data.fitting import Fitter
-from mldcn.data.parsing import ParsedBlock, number_columns, parse, salvage
+from mldcn.data.parsing import ParsedBlock, id_columns, number_columns, parse, salvage
 from mldcn.data.pipeline import ahead, cores, ordered_map
 from mldcn.data.reading import BLOCK_BYTES, LogReader, RawBlock, expand
 from mldcn.data.rejects import Reject
@@ -192,7 +192,8 @@ class LogPasses:
         whole = stage in ("fit", "encode")
         reader = LogReader(self.files[part], self._data, digests=whole)
         rows = 0
-        for block in ahead(reader.blocks(list(dict.fromkeys(columns)), numbers=numbers), lead=1):
+        blocks = reader.blocks(list(dict.fromkeys(columns)), numbers=numbers, ids=id_columns(self._schema))
+        for block in ahead(blocks, lead=1):
             yield block
             rows += block.span
             self.progress(stage, rows, reader.bytes_done, reader.bytes_total)

@@ -1,9 +1,9 @@
 """``prepare``: from a config's log to encoded training, validation and test rows on disk, in bounded memory.
 
 One pass over the log fits the vocabularies and transforms on the training rows, and keeps what it parsed (codes
-of ids and numbers, no cell's text) in a file, from which every row is then encoded. A split by time or order takes
-a pass before it, over one column. All of it happens in ``<folder>.partial``, which gets its name at the end; a
-preparation that was killed goes on from there.
+of ids and numbers, no cell's text), in a file where it is much; from that every row is then encoded. A split by
+time or order takes a pass before it, over one column. All of it happens in ``<folder>.partial``, which gets its
+name at the end; a preparation that was killed goes on from there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,26 @@ from mldcn.config import Config, FilesSplit
 from mldcn.data import encoder, shards, vocabulary
 from mldcn.data.encoder import EncodedBlock, Encoder
 from mldcn.data.fitting import Fitter, MeasuredBlock, Statistics, Store
+from mldcn.data.parsing import ParsedBlock
 from mldcn.data.partial import Partial, PartialRejects, read_sealed, write_sealed
 from mldcn.data.passes import LogPasses, Progress, rows_of
 from mldcn.data.pipeline import give_memory_back, ordered_map
 from mldcn.data.reading import RawBlock
 from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
-from mldcn.data.spool import Item, Spool, packed
+from mldcn.data.spool import Item, Spool, slim
 from mldcn.errors import DiskFullError, UserError
 from mldcn.files import checksum, drop_dead_lock, locked, writing
 
-FORMAT = 3
+FORMAT = 4
 REJECTS = "rejects.csv"
 # What was done is noted this often, or less often the longer it has taken so far.
 CHECKPOINT_SECONDS = 30.0
 _CHECKPOINT_SHARE = 0.05
 # Of data.memory_mb, for counted ids: blocks in flight and the readers' buffers take the rest of the least bound.
 _COUNTED_SHARE = 1 / 6
+# For parsed blocks that are not written to the disk.
+_SPOOL_SHARE = 1 / 16
 _FILE = "prepared.json"
 
 
@@ -144,6 +148,8 @@ class _Preparation:
         self._fitter = Fitter(config.log_schema, base=base, statistics=statistics, store=store)
         self._started = self._noted = time.monotonic()
         self._writers: dict[Part, ShardFiles] = {}
+        memory = int((config.data.memory_mb << 20) * _SPOOL_SHARE)
+        self._spool = Spool(partial.spool, self._state.get("spool", 0), memory)
 
     def run(self) -> None:
         """Does what is left to do."""
@@ -162,7 +168,7 @@ class _Preparation:
         if self._by_files:
             for part in PARTS[1:]:
                 self._encode_files(encoder, part)
-        self._rejects.close()
+        self.close()
         if _key(self._config, self._passes.files)["files"] != state["key"]["files"]:
             raise UserError(
                 "the log's files changed while they were read; prepare them again when they are whole"
@@ -182,6 +188,7 @@ class _Preparation:
 
     def close(self) -> None:
         """Closes what is open."""
+        self._spool.close()
         self._rejects.close()
         for writer in self._writers.values():
             writer.close()
@@ -192,40 +199,34 @@ class _Preparation:
             self._fitter.restore(self._folder / state["fitter"], state["runs"])
             self._rejects.resume(*state["rejects"])
         else:
-            state |= {"blocks": 0, "spool": 0, "rows": 0, "counts": [0] * (LEFT_OUT + 1), "parts": {}}
+            state |= {"blocks": 0, "counts": [0] * (LEFT_OUT + 1), "parts": {}}
         counts = np.array(state["counts"], np.int64)
 
-        def work(block: RawBlock, parts: Parts) -> tuple[int, MeasuredBlock, list[Any]]:
+        def work(block: RawBlock, parts: Parts) -> tuple[MeasuredBlock, ParsedBlock]:
             parsed = self._passes.parse(block, rule)
-            return parsed.rows, self._fitter.measure(parsed, rows_of(parts, TRAIN)), packed(parsed, parts)
+            return self._fitter.measure(parsed, rows_of(parts, TRAIN)), slim(parsed)
 
-        with Spool(self._partial.spool, state["spool"], state["rows"]) as spool:
+        def note() -> None:
+            state.update(counts=counts.tolist(), rejects=self._rejects.sync())
 
-            def note() -> None:
-                state.update(spool=spool.bytes, rows=spool.rows, counts=counts.tolist())
-                state["rejects"] = self._rejects.sync()
-
-            blocks = state["blocks"]
-            for (rows, measured, data), parts in self._passes.run("fit", "train", rule, work, skip=blocks):
-                blocks += 1
-                counts += np.bincount(parts, minlength=len(counts))
-                self._fitter.add(measured)
-                spool.add(data, rows)
-                if self._due():
-                    spool.sync()
-                    note()
-                    fitter = f"fit/fitter-{blocks:08}.npz"
-                    runs = self._fitter.save_state(self._folder / fitter)
-                    self._partial.vouch(fitter, *(f"fit/{run}" for run in runs))
-                    self._save(blocks=blocks, fitter=fitter, runs=runs)
-            self._rejects.refuse_all(int(counts.sum()))
-            self._passes.check(rule, counts)
-            give_memory_back()
-            self._fitter.finish().save(self._folder / "encoder")
-            give_memory_back()
-            note()
-            if self._long():
-                spool.sync()
+        blocks = state["blocks"]
+        for (measured, parsed), parts in self._passes.run("fit", "train", rule, work, skip=blocks):
+            blocks += 1
+            counts += np.bincount(parts, minlength=len(counts))
+            self._fitter.add(measured)
+            self._spool.add(parsed, parts)
+            if self._due():
+                note()
+                fitter = f"fit/fitter-{blocks:08}.npz"
+                runs = self._fitter.save_state(self._folder / fitter)
+                self._partial.vouch(fitter, *(f"fit/{run}" for run in runs))
+                self._save(blocks=blocks, fitter=fitter, runs=runs)
+        self._rejects.refuse_all(int(counts.sum()))
+        self._passes.check(rule, counts)
+        give_memory_back()
+        self._fitter.finish().save(self._folder / "encoder")
+        give_memory_back()
+        note()
         state["fitted"] = True
         if self._long():
             self._partial.vouch(*(f"encoder/{path.name}" for path in (self._folder / "encoder").iterdir()))
@@ -239,15 +240,13 @@ class _Preparation:
         if all(part["done"] for part in mine.values()):
             return
         first = min(part["block"] for part in mine.values())
-        with Spool(self._partial.spool, state["spool"], state["rows"]) as spool:
-            rows = 0
-            blocks = ordered_map(
-                lambda item: _assembled(encoder, item, mine), spool.blocks(first), self._passes.workers
-            )
-            for number, (count, blocks_of) in enumerate(blocks, first):
-                rows += count
-                self._write(number, blocks_of)
-                self._passes.progress("encode", rows, rows * spool.bytes // spool.rows, spool.bytes)
+        items = islice(self._spool.blocks(), first, None)
+        blocks = ordered_map(lambda item: _assembled(encoder, item, mine), items, self._passes.workers)
+        rows, size = 0, sum(file["bytes"] for file in self._passes.fingerprint.values())
+        for number, (count, blocks_of) in enumerate(blocks, first):
+            rows += count
+            self._write(number, blocks_of)
+            self._passes.progress("encode", rows, rows * size // sum(state["counts"]), size)
         for part in mine:
             self._finish(part)
 
@@ -285,6 +284,8 @@ class _Preparation:
             self._save()
 
     def _save(self, **state: Any) -> None:
+        self._spool.sync()
+        self._state["spool"] = self._spool.bytes
         for part, facts in self._state["parts"].items():
             self._state["crc32"] |= {f"{part}/{file['name']}": file["crc32"] for file in facts["files"]}
         self._partial.save(**state)

@@ -6,6 +6,7 @@ Memory holds one read buffer and one block of rows: at most ``data.block_rows`` 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 from collections import Counter, deque
@@ -19,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mldcn.config import DataConfig, suggest
+from mldcn.data.located import Located, NotPlainError
 from mldcn.data.parquet_log import ParquetLog
 from mldcn.data.rejects import BadRows, Reject, described
 from mldcn.data.text_log import Piece, TextLog
@@ -41,7 +43,7 @@ class RawBlock:
     rejects: the rows of the block's range that were left out. skip: leave out bad rows, do not stop at them.
     """
 
-    table: pa.Table
+    rows: pa.Table | Located
     file: str
     first_row: int
     numbers: NDArray[np.int64] | None = None
@@ -49,7 +51,12 @@ class RawBlock:
     skip: bool = False
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self.rows.num_rows)
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows as a table."""
+        return self.rows.table() if isinstance(self.rows, Located) else self.rows
 
     @property
     def span(self) -> int:
@@ -87,7 +94,7 @@ class RawBlock:
         good = np.setdiff1d(np.arange(len(self)), list(bad.rejects), assume_unique=True)
         numbers = self.first_row + np.arange(len(self)) if self.numbers is None else self.numbers
         rejects = sorted([*self.rejects, *bad.rejects.values()], key=lambda reject: reject.row)
-        return replace(self, table=self.table.take(good), numbers=numbers[good], rejects=tuple(rejects))
+        return replace(self, rows=self.rows.take(good), numbers=numbers[good], rejects=tuple(rejects))
 
 
 def open_log(
@@ -135,7 +142,11 @@ class LogReader:
         return sum(self.sizes)
 
     def blocks(
-        self, columns: Sequence[str], optional: Sequence[str] = (), numbers: Collection[str] = ()
+        self,
+        columns: Sequence[str],
+        optional: Sequence[str] = (),
+        numbers: Collection[str] = (),
+        ids: Collection[str] | None = None,
     ) -> Iterator[RawBlock]:
         """See :func:`open_log`.
 
@@ -144,6 +155,8 @@ class LogReader:
             optional: columns that are read where the log has them.
             numbers: those of ``columns`` that nothing but numbers is made of: where a text log has only numbers
                 there, they come as numbers.
+            ids: those that single ids are made of. Where this is given, the rows of a plain text log are only
+                located.
         """
         self.bytes_done = 0
         skip = self.data.on_error == "skip"
@@ -152,9 +165,8 @@ class LogReader:
             if size == 0:
                 raise UserError(f"{path}: is empty; remove it from the data's files or write it again")
             row = 1
-            pieces = self._pieces(path, kind, columns, optional, numbers)
-            for cut in _Reblocker(self.data.block_rows).blocks(pieces):
-                block = RawBlock(cut.table, str(path), row, cut.numbers, cut.rejects, skip)
+            for rows, own, rejects in self._cuts(path, kind, columns, optional, numbers, ids):
+                block = RawBlock(rows, str(path), row, own, rejects, skip)
                 row += block.span
                 yield block
             if row == 1:
@@ -187,6 +199,33 @@ class LogReader:
         if twice:
             raise UserError(f"{path}: column {twice[0]!r} is there twice; rename one of them")
         return wanted
+
+    def _cuts(
+        self,
+        path: Path,
+        kind: Format,
+        columns: Sequence[str],
+        optional: Sequence[str],
+        numbers: Collection[str],
+        ids: Collection[str] | None,
+    ) -> Iterator[tuple[pa.Table | Located, NDArray[np.int64] | None, tuple[Reject, ...]]]:
+        """What the blocks of one file are made of: rows, their numbers, and those left out."""
+        before, rows = self.bytes_done, 0
+        log = self._log(path, kind)
+        if ids is not None and isinstance(log, TextLog):
+            wanted = self._wanted(path, log.names(), columns, optional)
+            with contextlib.suppress(NotPlainError):
+                for located in log.located(wanted, ids, numbers, BLOCK_BYTES):
+                    self.bytes_done = before + log.bytes_done
+                    yield located, None, ()
+                    rows += located.num_rows
+                if self._digesting:
+                    self.digests[str(path)] = log.digest
+                return
+        # The parser begins at the beginning, where it finds the same rows.
+        pieces = _behind(rows, self._pieces(path, kind, columns, optional, numbers))
+        for cut in _Reblocker(self.data.block_rows).blocks(pieces):
+            yield cut.table, cut.numbers, cut.rejects
 
     def _pieces(
         self,
@@ -251,6 +290,18 @@ def _format(path: Path, data: DataConfig) -> Format:
             "rename it, or set data.format to csv, tsv or parquet"
         )
     return _FORMATS[name.suffix]
+
+
+def _behind(rows: int, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Pieces without their first rows, which are all good."""
+    for piece in pieces:
+        given = min(rows, piece.table.num_rows)
+        rows -= given
+        numbers = None if piece.numbers is None else piece.numbers[given:]
+        if not given:
+            yield piece
+        elif given < piece.table.num_rows or piece.rejects:
+            yield Piece(piece.table.slice(given), numbers, piece.rejects)
 
 
 class _Reblocker:

@@ -1,4 +1,7 @@
-"""Parsed blocks in a file between two passes over a log: ids as codes, numbers, labels; no cell's text."""
+"""Parsed blocks between two passes over a log: ids as codes, numbers, labels; no cell's text.
+
+They are kept in memory while they are few, else in a file.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,47 +31,57 @@ Item = tuple[ParsedBlock, Parts]
 
 
 class Spool:
-    """A file of parsed blocks; use it as a context manager.
+    """Parsed blocks in their order; close it when done.
 
     Args:
         path: the file. One that is there is cut to ``size`` and continued.
         size: its bytes that are whole.
-        rows: of the blocks in them.
+        memory: bytes of blocks that are kept before they are written.
     """
 
-    def __init__(self, path: Path, size: int = 0, rows: int = 0) -> None:
+    def __init__(self, path: Path, size: int = 0, memory: int = 0) -> None:
         self.path = path
-        self.bytes, self.rows = size, rows
+        # Those of the file.
+        self.bytes = size
+        self._memory = memory
+        self._held: list[Item] = []
+        self._held_bytes = 0
         self._file = path.open("r+b" if size else "wb")
         self._file.truncate(size)
         self._file.seek(size)
 
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Forgets what was not written."""
         self._file.close()
+        self._held = []
 
-    def add(self, packed: list[Any], rows: int) -> None:
-        """Appends a block that :func:`packed` made."""
-        for buffer in packed:
-            self._file.write(buffer)
-            self.bytes += len(buffer)
-        self.rows += rows
+    def add(self, parsed: ParsedBlock, parts: Parts) -> None:
+        """Appends a block that :func:`slim` made."""
+        self._held.append((parsed, parts))
+        self._held_bytes += _bytes(parsed)
+        if self._held_bytes > self._memory:
+            self._write()
 
     def sync(self) -> None:
         """Flushes all to disk."""
+        self._write()
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def blocks(self, first: int = 0) -> Iterator[Item]:
-        """The blocks in their order, from a number on; they lie in the mapped file, not in memory."""
+    def blocks(self) -> Iterator[Item]:
+        """The blocks; those of the file lie in mapped memory."""
         self._file.flush()
-        for number, (head, data) in enumerate(_read(self.path, self.bytes)):
-            if number >= first:
-                yield _unpacked(json.loads(bytes(head)), data)
+        held = list(self._held)
+        for head, data in _read(self.path, self.bytes):
+            yield _unpacked(json.loads(bytes(head)), data)
+        yield from held
+
+    def _write(self) -> None:
+        for item in self._held:
+            for buffer in _packed(*item):
+                self._file.write(buffer)
+                self.bytes += len(buffer)
+        self._held, self._held_bytes = [], 0
 
 
 def whole(path: Path, size: int) -> bool:
@@ -103,13 +116,28 @@ def _read(path: Path, size: int, *, check: bool = False) -> Iterator[tuple[memor
         at = end
 
 
-def packed(parsed: ParsedBlock, parts: Parts) -> list[Any]:
+def slim(parsed: ParsedBlock) -> ParsedBlock:
+    """A block without texts, its codes as small as they can be."""
+    ids = {}
+    for name, found in parsed.ids.items():
+        smallest = next(kind for kind in _CODES if len(found.keys) <= np.iinfo(kind).max)
+        ids[name] = Ids(found.codes.astype(smallest), found.keys, _NO_TEXTS)
+    return replace(parsed, ids=ids)
+
+
+def _bytes(parsed: ParsedBlock) -> int:
+    arrays = [getattr(parsed, name) for name in _PLAIN]
+    arrays += [*parsed.numbers.values(), *parsed.vectors.values()]
+    arrays += [array for ids in parsed.ids.values() for array in (ids.codes, ids.keys)]
+    return sum(array.nbytes for array in arrays)
+
+
+def _packed(parsed: ParsedBlock, parts: Parts) -> list[Any]:
     """A block as bytes to be written one after the other."""
     arrays: list[tuple[str, str, NDArray[Any]]] = [("parts", "", parts)]
     arrays += [(name, "", _shortened(getattr(parsed, name))) for name in _PLAIN]
     for name, ids in parsed.ids.items():
-        smallest = next(kind for kind in _CODES if len(ids.keys) <= np.iinfo(kind).max)
-        arrays += [("codes", name, ids.codes.astype(smallest)), ("keys", name, ids.keys)]
+        arrays += [("codes", name, ids.codes), ("keys", name, ids.keys)]
     arrays += [("numbers", name, values) for name, values in parsed.numbers.items()]
     arrays += [("vectors", name, values) for name, values in parsed.vectors.items()]
     head: list[list[Any]] = []

@@ -29,6 +29,7 @@ import pyarrow.csv as arrow_csv
 from numpy.typing import NDArray
 
 from mldcn.config import DataConfig
+from mldcn.data.located import Located, NotPlainError, Wanted, locate, without_header
 from mldcn.data.rejects import Reject
 from mldcn.errors import UserError
 
@@ -134,6 +135,29 @@ class TextLog:
         return UserError(
             f"{self._path}: the compressed file is cut short or damaged after row {rows} ({error}); copy it again"
         )
+
+    def located(
+        self, wanted: Sequence[str], ids: Collection[str], numbers: Collection[str], block_bytes: int
+    ) -> Iterator[Located]:
+        """The rows where they lie in the text, as blocks.
+
+        Args:
+            wanted: the columns.
+            ids: those that single ids are made of.
+            numbers: those that numbers are made of.
+            block_bytes: a block that has reached so many bytes takes no more rows.
+
+        Raises:
+            NotPlainError: the next row can only be had from :meth:`pieces`.
+        """
+        data, names = self._data, tuple(self.names())
+        single, numeric = (tuple(name for name in wanted if name in some) for some in (ids, numbers))
+        what = Wanted(names, tuple(wanted), single, numeric, data.missing)
+        with self._path.open("rb") as raw:
+            self._counted = _Counted(raw, self._digesting)
+            chunks = _chunks(_decompressed(raw, self._counted))
+            rows = without_header(chunks, names if data.header else None, self._delimiter)
+            yield from locate(rows, what, self._delimiter, data.block_rows, block_bytes)
 
     def pieces(self, wanted: Sequence[str], numbers: Collection[str] = ()) -> Iterator[Piece]:
         """The rows, in order; the last piece may have none.
@@ -453,6 +477,29 @@ def _decompressed(raw: BinaryIO, source: Any = None) -> Any:
         if head.startswith(magic):
             return pa.CompressedInputStream(pa.PythonFile(source or raw, mode="r"), compression)
     return source or raw
+
+
+def _chunks(stream: Any) -> Iterator[bytes]:
+    """A text, some at a time; blank lines at its end are left out, and its last line has an end."""
+    held = b""
+    while chunk := _filled(stream):
+        if held:
+            yield held
+        held = chunk
+    if held:
+        yield held.rstrip(b"\n") + b"\n"
+
+
+def _filled(stream: Any) -> bytes:
+    parts: list[bytes] = []
+    wanted = READ_BYTES
+    try:
+        while wanted and (part := stream.read(wanted)):
+            parts.append(part)
+            wanted -= len(part)
+    except OSError:
+        raise NotPlainError from None
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _records(stream: Any, delimiter: str) -> Iterator[list[str]]:

@@ -1,0 +1,311 @@
+"""Rows of a text log where they lie in its bytes: ids and whole numbers are read without making a text of each.
+
+This is the fast way through a log without quotes, where every delimiter and line end is one. It finds exactly the
+rows that the parser of :mod:`mldcn.data.text_log` gives; what is not plain (quotes, carriage returns, blank lines,
+rows with too few or too many columns, bytes that are not UTF-8) it leaves to that parser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mldcn.data.hashing import WORD_MASKS, Keys
+
+Floats = NDArray[np.float64]
+Longs = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+# Behind a text, so that twelve bytes can be read from each of its cells.
+_SPARE = 16
+# What is worked on at a time stays in a core's cache.
+_SLICE_BYTES = 1 << 18
+_NEWLINE = ord("\n")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MINUS = np.uint64(ord("-"))
+_ZEROS = np.uint64(0x3030303030303030)
+_UPPER = np.uint64(0xF0F0F0F0F0F0F0F0)
+# Eight digits as a number: neighbours are joined, three times (Lemire 2018, "parse eight digits").
+_JOINS = [
+    (np.uint64(mask), np.uint64(factor), np.uint64(shift))
+    for mask, factor, shift in (
+        (0x0F0F0F0F0F0F0F0F, 10 * 2**8 + 1, 8),
+        (0x00FF00FF00FF00FF, 100 * 2**16 + 1, 16),
+        (0x0000FFFF0000FFFF, 10_000 * 2**32 + 1, 32),
+    )
+]
+
+
+class NotPlainError(Exception):
+    """The text needs a parser."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to read of a file.
+
+    names: all its columns, in order. columns: those to be read; of these, ``ids`` that single ids and ``numbers``
+    that numbers are made of. missing: texts that mean a missing value.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+    ids: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    @cached_property
+    def missing_words(self) -> Keys:
+        """The missing texts of up to 8 bytes, as words."""
+        texts = [text.encode() for text in self.missing if "\0" not in text]
+        return np.array([int.from_bytes(text, "little") for text in texts if len(text) <= 8], np.uint64)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Rows whose cells lie in ``text``: row i begins at ``firsts[i]``, and its cell j ends at ``ends[i, j]``."""
+
+    wanted: Wanted
+    text: NDArray[np.uint8]
+    firsts: NDArray[np.int32]
+    ends: NDArray[np.int32]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+        return len(self.firsts)
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns that can be read."""
+        return list(self.wanted.columns)
+
+    def take(self, rows: Any) -> Located:
+        """Some of the rows, by number or slice."""
+        return replace(self, firsts=self.firsts[rows], ends=self.ends[rows])
+
+    def table(self) -> pa.Table:
+        """All columns as texts."""
+        return pa.table({name: self.column(name) for name in self.wanted.columns})
+
+    def column(self, name: str) -> pa.Array:
+        """A column as texts, missing ones null."""
+        place, words = self.wanted.names.index(name), self._words
+        starts = self.firsts.astype(np.int64) if place == 0 else self.ends[:, place - 1] + np.int64(1)
+        lengths = self.ends[:, place] - starts
+        # Views, as Arrow lays them out: a length, then up to 12 bytes, or the first 4, a zero and the place.
+        views = np.empty((self.num_rows, 2), np.uint64)
+        head = words[starts] & WORD_MASKS.take(lengths, mode="clip") & np.uint64(2**32 - 1)
+        views[:, 0] = lengths.view(np.uint64) | head << np.uint64(32)
+        views[:, 1] = words[starts + 4] & WORD_MASKS.take(lengths - 4, mode="clip")
+        long = lengths > 12
+        views[long, 1] = starts[long].view(np.uint64) << np.uint64(32)
+        buffers = [None, pa.py_buffer(views), pa.py_buffer(self.text)]
+        texts = pa.Array.from_buffers(pa.string_view(), self.num_rows, buffers).cast(pa.string())
+        missing = pc.is_in(texts, pa.array(self.wanted.missing, pa.string()))
+        return pc.if_else(missing, pa.scalar(None, pa.string()), texts) if pc.any(missing).as_py() else texts
+
+    def id_words(self, name: str) -> Keys | None:
+        """The ids of a column as words of 8 bytes, ``(n,)``; None unless all are that short."""
+        words, short, _, _ = self._read
+        place = self.wanted.ids.index(name) if name in self.wanted.ids else -1
+        return words[place] if place >= 0 and short[place] else None
+
+    def whole_numbers(self, name: str) -> Floats | None:
+        """The numbers of a column, NaN where missing, ``(n,)``; None unless all are whole, of up to 8 digits."""
+        _, _, numbers, whole = self._read
+        place = self.wanted.numbers.index(name) if name in self.wanted.numbers else -1
+        return numbers[place] if place >= 0 and whole[place] else None
+
+    @cached_property
+    def _read(self) -> tuple[Keys, Bools, Floats, Bools]:
+        """The ids' words, and whether all of a column are short; numbers, and whether all are whole."""
+        rows, wanted = self.num_rows, self.wanted
+        places = np.array([wanted.names.index(name) for name in (*wanted.ids, *wanted.numbers)], np.int64)
+        ids, numbers = len(wanted.ids), len(wanted.numbers)
+        words, short = np.empty((ids, rows), np.uint64), np.ones(ids, bool)
+        values, whole = np.empty((numbers, rows), np.float64), np.ones(numbers, bool)
+        size = int(self.ends[-1, -1] - self.firsts[0]) if rows else 0
+        step = max(1, rows * _SLICE_BYTES // max(size, 1))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            stops = np.concatenate([self.firsts[None, part] - 1, self.ends[part].T], dtype=np.int64)
+            starts, lengths = stops[places], stops[places + 1]
+            starts += 1
+            lengths -= starts
+            found = self._words[starts]
+            found &= WORD_MASKS.take(lengths, mode="clip")
+            words[:, part] = found[:ids]
+            short &= (lengths[:ids] <= 8).all(axis=1)
+            values[:, part], good = _whole_numbers(found[ids:], lengths[ids:], wanted.missing_words)
+            whole &= good
+        return words, short, values, whole
+
+    @cached_property
+    def _words(self) -> Keys:
+        """The 8 bytes from each byte of the text on."""
+        words: Keys = np.ndarray((len(self.text) - 7,), "<u8", buffer=self.text, strides=(1,))
+        return words
+
+
+def _whole_numbers(words: Keys, lengths: Longs, missing: Keys) -> tuple[Floats, Bools]:
+    """Texts of up to 8 bytes as numbers, by column; and whether all of a column are whole numbers or missing."""
+    absent = np.zeros(words.shape, bool)
+    for word in missing:
+        absent |= (words == word) & (lengths <= 8)
+    negative = (words & np.uint64(0xFF)) == _MINUS
+    if negative.any():
+        words = np.where(negative, words >> np.uint64(8), words)
+        lengths = lengths - negative
+    # The last digit stands in the last byte, with zeros before the first.
+    shift = ((8 - lengths) << 3).view(np.uint64)
+    words = words << shift
+    words |= _ZEROS >> (np.uint64(64) - shift)
+    # The upper half of a digit is 3, also when 6 is added.
+    upper = words + np.uint64(0x0606060606060606)
+    upper &= _UPPER
+    upper >>= np.uint64(4)
+    upper |= words & _UPPER
+    odd = upper != np.uint64(0x3333333333333333)
+    odd |= (lengths < 1) | (lengths > 8)
+    odd &= ~absent
+    for mask, factor, by in _JOINS:
+        words &= mask
+        words *= factor
+        words >>= by
+    values = words.view(np.int64).astype(np.float64)
+    np.negative(values, out=values, where=negative)
+    values[absent] = np.nan
+    return values, ~odd.any(axis=1)
+
+
+def locate(
+    chunks: Iterable[bytes], wanted: Wanted, delimiter: str, block_rows: int, block_bytes: int
+) -> Iterator[Located]:
+    """The rows of a text, in blocks of ``block_rows`` rows, or fewer that take ``block_bytes``.
+
+    Args:
+        chunks: the text without its header, to its last line end; every one holds a line end.
+        wanted: what to read of it.
+        delimiter: between columns.
+        block_rows: a block has no more rows.
+        block_bytes: a block that has reached so many bytes takes no more rows.
+
+    Raises:
+        NotPlainError: the rows that follow need a parser.
+    """
+    rows = _Rows(wanted, ord(delimiter))
+    for chunk in chunks:
+        rows.add(chunk)
+        if rows.count >= block_rows or rows.taken >= block_bytes:
+            yield from rows.blocks(block_rows, block_bytes)
+    yield from rows.blocks(block_rows, 0)
+
+
+class _Rows:
+    """Text that no block has taken, and where its cells end."""
+
+    def __init__(self, wanted: Wanted, delimiter: int) -> None:
+        if len(wanted.names) < 2:
+            raise NotPlainError  # a blank line would look like a row
+        self._wanted = wanted
+        self._delimiter = delimiter
+        self._texts: list[NDArray[np.uint8]] = []
+        self._ends: list[NDArray[np.int32]] = []
+        self._size = self._marks = 0
+        # What stands behind the last line end, and how many there are.
+        self.count = 0
+        self._tail = b""
+
+    @property
+    def taken(self) -> int:
+        """What the rows take."""
+        return self._size + 4 * self._marks
+
+    def add(self, chunk: bytes) -> None:
+        """Appends text."""
+        last = chunk.rfind(b"\n") + 1
+        if not last or b'"' in chunk or b"\r" in chunk or b"\0" in chunk:
+            raise NotPlainError
+        if not (chunk.isascii() and self._tail.isascii()):
+            _check_utf8(self._tail + chunk[:last])
+        self._tail = chunk[last:]
+        text = np.frombuffer(chunk, np.uint8)
+        for start in range(0, len(text), _SLICE_BYTES):
+            part = text[start : start + _SLICE_BYTES]
+            lines = part == _NEWLINE
+            self.count += int(np.count_nonzero(lines))
+            lines |= part == self._delimiter
+            ends = np.flatnonzero(lines)
+            ends += self._size + start
+            self._ends.append(ends.astype(np.int32))
+            self._marks += len(ends)
+        self._texts.append(text)
+        self._size += len(text)
+
+    def blocks(self, block_rows: int, block_bytes: int) -> Iterator[Located]:
+        """Gives the rows away, except for a few that may become a whole block."""
+        columns, rows = len(self._wanted.names), self.count
+        if not rows:
+            return
+        text = np.concatenate([*self._texts, np.zeros(_SPARE, np.uint8)])
+        marks = np.concatenate(self._ends)
+        # There are as many line ends as rows: if each row ends with one, none stands elsewhere.
+        if len(marks) < rows * columns:
+            raise NotPlainError
+        ends = marks[: rows * columns].reshape(rows, columns)
+        if (text[ends[:, -1]] != _NEWLINE).any():
+            raise NotPlainError
+        firsts = np.zeros(rows, np.int32)
+        np.add(ends[:-1, -1], 1, out=firsts[1:])
+        located = Located(self._wanted, text, firsts, ends)
+        whole = rows - rows % block_rows
+        if self.taken * (rows - whole) >= block_bytes * rows:
+            whole = rows
+        for start in range(0, whole, block_rows):
+            yield located.take(slice(start, min(start + block_rows, whole)))
+        cut = int(ends[whole - 1, -1]) + 1 if whole else 0
+        self._texts = [text[cut : self._size].copy()]
+        self._ends = [marks[whole * columns :] - np.int32(cut)]
+        self._size -= cut
+        self._marks -= whole * columns
+        self.count -= whole
+
+
+def _check_utf8(text: bytes) -> None:
+    buffers = [None, pa.py_buffer(np.array([0, len(text)], np.int32)), pa.py_buffer(text)]
+    try:
+        pa.Array.from_buffers(pa.string(), 1, buffers).validate(full=True)
+    except pa.ArrowInvalid:
+        raise NotPlainError from None
+
+
+def without_header(chunks: Iterator[bytes], names: tuple[str, ...] | None, delimiter: str) -> Iterator[bytes]:
+    """A text from its first row on.
+
+    Args:
+        chunks: the text.
+        names: what its first line says; None if that is a row.
+        delimiter: between columns.
+
+    Raises:
+        NotPlainError: the first line says something else, or says it with quotes.
+    """
+    first = next(chunks, b"")
+    if first.startswith(_BYTE_ORDER_MARK):
+        raise NotPlainError
+    if names is not None:
+        header = delimiter.join(names).encode() + b"\n"
+        if not first.startswith(header):
+            raise NotPlainError
+        first = first[len(header) :]
+    if first:
+        yield first
+    yield from chunks
