@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := torch>=2.12,<2.14
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint types unit peers bench clean
+.PHONY: demo test lint types unit peers parity bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mldcn demo --out demo
@@ -23,9 +23,13 @@ types: $(VENV)/installed-dev
 unit: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2
 
-# What the benchmarks compare with, in an environment of its own (.venv-peers).
+# What benchmarks and parity tests compare with, in an environment of its own (.venv-peers).
 peers: $(VENV)/installed
 	$(BIN)/python benchmarks/peers.py
+
+# Our modules beside other libraries', with their weights.
+parity: peers
+	PYTHONPATH=src .venv-peers/bin/python -m pytest -q -c /dev/null --rootdir parity -p no:cacheprovider parity
 
 # All benchmarks (some 20 minutes on a machine that does nothing else); the figures go to docs/results/speed.json.
 bench: $(VENV)/installed peers
