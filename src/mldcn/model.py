@@ -24,8 +24,9 @@ from mldcn.schema import Schema
 
 # The position that serving pretends: the top of the page.
 SERVING_POSITION = 1
-# Numbers of x0 that a CPU works on at a time. Tensors of this size stay in its cache and in memory that the
-# process holds already; those of a whole batch would be new pages, cleared by the system, at every operation.
+# Numbers of x0 and its side inputs that a CPU works on at a time. Tensors of this size stay in its cache and
+# in memory that the process holds already; those of a whole batch would be new pages, cleared by the system,
+# at every operation.
 PART_NUMBERS = 1 << 20
 
 
@@ -176,7 +177,7 @@ class Ranker(nn.Module):
         size = rows
         if device.type == "cpu":
             # A power of two, so that a compiled model sees few shapes.
-            size = 1 << max(PART_NUMBERS // self.embedder.layout.width, 1).bit_length() - 1
+            size = 1 << max(PART_NUMBERS // sum(self.scorer.inputs), 1).bit_length() - 1
         return [slice(start, start + size) for start in range(0, rows, size)] or [slice(0, 0)]
 
     def position_logit(self, position: Tensor | None) -> Tensor:

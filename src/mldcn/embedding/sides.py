@@ -14,7 +14,7 @@ from mldcn.embedding.embedder import Embedder
 from mldcn.embedding.tables import gather_rows
 from mldcn.errors import UserError
 from mldcn.layout import CrossedIds, FieldLayout, FirstOrder, SecondEmbedding, Side
-from mldcn.schema import Schema
+from mldcn.schema import EmbeddingFeature, Schema
 
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # the odd constant of SplitMix64, as int64
 
@@ -32,6 +32,14 @@ class FirstOrderTerms(nn.Module):
 
     def __init__(self, layout: EncodedLayout, schema: Schema, init_std: float) -> None:
         super().__init__()
+        # A given vector is weighed as it is: a projection before the weights would add nothing.
+        given = [
+            feature.model_copy(update={"project_to": None})
+            if isinstance(feature, EmbeddingFeature)
+            else feature
+            for feature in schema.features
+        ]
+        schema = schema.model_copy(update={"features": tuple(given)})
         self.embedder = Embedder(layout, schema, EmbeddingConfig(dim=1, init_std=init_std))
         fields = self.embedder.layout
         dense = [field.kind in ("numeric", "embedding") for field in fields]
