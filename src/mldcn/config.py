@@ -177,11 +177,15 @@ class PruningConfig(Strict):
 
     sparsity: float = Field(0.9, gt=0, lt=1, description="s, that the share of zeros grows to")
     warmup_epochs: int = Field(2, ge=0, description="epochs before the first weight is pruned")
-    every: int = Field(10, ge=1, description="steps from one pruning to the next; between them weights regrow")
+    every: int = Field(
+        10, ge=1, description="steps from one pruning to the next; between them weights regrow"
+    )
     span: float = Field(
         100.0, gt=0, description="100 as published: half of s after 6,900 steps; less for a shorter run"
     )
-    dense: float = Field(1.0, ge=0, le=1, description="times s: of each matrix of interaction, deep part, towers")
+    dense: float = Field(
+        1.0, ge=0, le=1, description="times s: of each matrix of interaction, deep part, towers"
+    )
     field_pairs: float = Field(1.0, ge=0, le=1, description="times s: of the weights R of field pairs (FwFM)")
     embedding: float = Field(0.444, ge=0, le=1, description="times s: of all tables of x0 together")
 

@@ -31,15 +31,15 @@ Spec = Annotated[str | dict[str, Any], pydantic.BeforeValidator(_spelled_out)]
 def build_nested(spec: str | Mapping[str, Any], features: int | FieldLayout) -> Interaction:
     """An architecture for use inside another one.
 
-    It has one representation for all tasks; where it has streams, their own losses are left out, since these
-    need heads of their own. Side inputs are its user's to hand on.
+    It has one representation for all tasks, and no streams: their own losses need a model's heads. Side inputs
+    are its user's to hand on.
 
     Args:
         spec: its name, or a mapping of its name and options.
         features: width or layout of what it reads.
 
     Raises:
-        ValueError: the spec is wrong, does not fit the features or asks for tasks.
+        ValueError: the spec is wrong, does not fit the features or asks for tasks or streams.
     """
     config = _spelled_out(spec)
     try:
@@ -48,6 +48,11 @@ def build_nested(spec: str | Mapping[str, Any], features: int | FieldLayout) -> 
         raise ValueError(_plain(error)) from None
     if module.num_tasks is not None:
         raise ValueError(f"{config['name']}: only the outermost architecture has num_tasks; leave it out")
+    if module.streams:
+        raise ValueError(
+            f"{config['name']}: only the outermost architecture's streams have losses of their own; choose a "
+            "loss without them in its options"
+        )
     return module
 
 
