@@ -140,8 +140,9 @@ class MLDCNLayer(nn.Module):
         if self.mask is not None:
             reads = {"x": x, "projected": low, "x0": x0}[self.mask_input]
             low = low * self.mask(reads)
-        inside, outside = (self.up.bias, 0.0) if self.bias_inside else (None, self.up.bias)
-        branch = x0 * F.linear(low, self.up.weight, inside) + outside  # (B, d)
+        branch = x0 * F.linear(low, self.up.weight, self.up.bias if self.bias_inside else None)  # (B, d)
+        if not self.bias_inside:
+            branch = branch + self.up.bias
         out: Tensor = self.norm(branch + x) if self.norm_after_residual else self.norm(branch) + x
         return out
 
