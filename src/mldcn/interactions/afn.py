@@ -38,7 +38,9 @@ class LogarithmicLayer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``(B, F, e) -> (B, N e)``."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        # On meta there is no autocast, nor anything to round.
+        device = "cpu" if tokens.is_meta else tokens.device.type
+        with torch.autocast(device, enabled=False):
             if tokens.dtype in (torch.float16, torch.bfloat16):
                 tokens = tokens.float()
             logs = self.log_norm(tokens.abs().clamp(min=self.min_value).log())
