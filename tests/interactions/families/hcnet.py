@@ -8,19 +8,18 @@ from families.factorisation import field_vectors, mlp
 from families.maths import at, relu
 
 IDS = [i for i, field in enumerate(LAYOUT) if field.kind == "categorical"]
-C = len(IDS)
 
 
 def two_layers(p, x):
     return p["2.weight"] @ relu(p["0.weight"] @ x)
 
 
-def memory(p, x0, tokens, words, order, hashes):
+def memory(p, x0, tokens, words, count, order):
     """A vector a field: the sum over the combinations that it is in."""
-    crosses = list(combinations(range(C), order))
+    crosses = list(combinations(range(count), order))
     words = words.reshape(len(crosses), -1)
     numbers = two_layers(at(p, "attention"), x0) if "attention.0.weight" in p else np.ones(len(crosses))
-    fields = [0.0] * C
+    fields = [0.0] * count
     for k, cross in enumerate(crosses):
         word = words[k]
         if tokens is not None:
@@ -31,14 +30,17 @@ def memory(p, x0, tokens, words, order, hashes):
     return np.concatenate(fields)
 
 
-def hcnet(p, x0, widths, sides, orders=(2,), num_hashes=2, restoring="linear", token_width=None, **_):
+def hcnet(p, x0, widths, sides, ids=IDS, orders=(2,), restoring="linear", token_width=None, **_):
+    """``ids``: which of the fields are categorical. Orders of which there is no combination add nothing."""
+    starts = np.cumsum([0, *widths])
+    orders = [(order, side) for order, side in zip(orders, sides, strict=True) if len(ids) >= order]
     tokens = None
-    if restoring == "attentive":
-        ids = np.concatenate([x0[LAYOUT.fields[i].columns] for i in IDS])
-        tokens = field_vectors(p, ids, [widths[i] for i in IDS], token_width)
+    if restoring == "attentive" and orders:
+        own = np.concatenate([x0[starts[i] : starts[i + 1]] for i in ids])
+        tokens = field_vectors(p, own, [widths[i] for i in ids], token_width)
     found = [
-        memory(at(p, f"memories.{n}"), x0, tokens, sides[n], order, num_hashes)
-        for n, order in enumerate(orders)
+        memory(at(p, f"memories.{n}"), x0, tokens, side, len(ids), order)
+        for n, (order, side) in enumerate(orders)
     ]
     return mlp(p, np.concatenate([x0, *found]))
 
