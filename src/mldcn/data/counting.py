@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mldcn.data.batch import RESERVED_ROWS
-from mldcn.data.hashing import NO_KEY, Keys, Texts, first_words
+from mldcn.data.hashing import NO_KEY, Keys, Texts, WordTexts, first_words
 from mldcn.data.pipeline import give_memory_back
 from mldcn.data.vocabulary import KeyIndex, Vocabulary, VocabularyWriter
 from mldcn.files import atomic
@@ -27,6 +27,7 @@ _MERGE_AT = 65_536
 # What an id takes beside its text: key, count, place, index, and their copies while they are merged.
 _ID_BYTES = 80
 _BATCH = 1 << 17
+_MANY = 2**16 - 1
 _SAMPLES = 64
 _SCHEMA = pa.schema([("key", pa.uint64()), ("count", pa.int64()), ("value", pa.large_string())])
 _ORDER = [("count", "descending"), ("value", "ascending")]
@@ -42,11 +43,11 @@ class VocabularyBuilder:
 
     def _clear(self) -> None:
         self._keys = np.zeros(0, np.uint64)
-        self._counts = np.zeros(0, np.int64)
+        self._counts = np.zeros(1, np.int64)
         # Where in ``_texts``, end to end, each id's text stands.
         self._at = np.zeros(0, np.int64)
-        self._texts: list[pa.Array] = []
-        self._new: list[tuple[Keys, NDArray[np.int64], pa.Array]] = []
+        self._texts: list[Texts] = []
+        self._new: list[tuple[Keys, NDArray[np.int64], Texts]] = []
         self._new_size = self._text_bytes = 0
         self._index = KeyIndex(self._keys)
 
@@ -69,15 +70,22 @@ class VocabularyBuilder:
             texts: the texts they stand for, ``(d,)``.
         """
         places = self._index.find(keys)
-        known = places >= 0
-        self._counts[places[known]] += counts[known]
-        new = np.flatnonzero(~known & (counts > 0) & (keys != NO_KEY))
+        new = np.flatnonzero(places < 0)
+        # The last count is that of unknown ids.
+        self._counts[places] += counts
+        new = new[(counts[new] > 0) & (keys[new] != NO_KEY)]
         if not len(new):
             return
-        values = texts.take(pa.array(new)).cast(pa.large_string())
+        # Short ids stay words, which take little and sort fast.
+        if isinstance(texts, WordTexts):
+            values: Texts = texts.some(new)
+            self._text_bytes += 8 * len(new)
+        else:
+            array = texts.take(pa.array(new)).cast(pa.large_string())
+            values = array
+            self._text_bytes += array.nbytes
         self._new.append((keys[new], counts[new].astype(np.int64), values))
         self._new_size += len(new)
-        self._text_bytes += values.nbytes
         if self._new_size >= max(_MERGE_AT, len(self._keys) // 4):
             self._merge()
 
@@ -130,25 +138,36 @@ class VocabularyBuilder:
         if base is not None and max_size is not None:
             room = max(max_size - len(base.counts), 0)
         for table in tables:
-            keys, counts = table["key"].to_numpy(), table["count"].to_numpy()
-            new = np.arange(len(keys))
             if base is not None:
+                keys, counts = table["key"].to_numpy(), table["count"].to_numpy()
                 rows = base.lookup(keys)
                 old = np.flatnonzero(rows >= RESERVED_ROWS)
                 writer.count_base(rows[old].astype(np.int64), counts[old])
-                new = np.flatnonzero((rows < RESERVED_ROWS) & (counts >= min_count))
-            new = new[:room]
-            room = None if room is None else room - len(new)
-            writer.add(table["value"].take(pa.array(new)).combine_chunks(), keys[new], counts[new])
+                table = table.filter(pa.array((rows < RESERVED_ROWS) & (counts >= min_count)))
+            table = table.slice(0, room).combine_chunks()
+            room = None if room is None else room - table.num_rows
+            values = pa.array([], pa.large_string()) if not table.num_rows else table["value"].chunk(0)
+            writer.add(values, table["key"].to_numpy(), table["count"].to_numpy())
             if room == 0 and base is None:
                 break
 
     def _in_memory(self, min_count: int) -> Iterator[pa.Table]:
         self._merge()
         self._distinct = len(self._keys)
-        table = self._table(np.flatnonzero(self._counts >= min_count))
+        places = np.flatnonzero(self._counts[:-1] >= min_count)
+        texts = self._joined()
+        if not isinstance(texts, WordTexts):
+            table = self._table(places)
+            self._clear()
+            yield from _in_order(table)
+            return
+        texts, keys, counts = texts.some(self._at[places]), self._keys[places], self._counts[places]
         self._clear()
-        yield from _in_order(table)
+        order = _falling(counts, texts.heads())
+        for start in range(0, len(order), _BATCH):
+            part = order[start : start + _BATCH]
+            values = texts.take(part).cast(pa.large_string())
+            yield pa.table([keys[part], counts[part], values], schema=_SCHEMA)
 
     def _ranked(self, min_count: int, memory: int, path: Path) -> Iterator[pa.Table]:
         """Tables of key, count and value: ids seen often enough, by falling count, then by value."""
@@ -184,27 +203,49 @@ class VocabularyBuilder:
         self.runs = []
 
     def _table(self, places: NDArray[np.int64]) -> pa.Table:
-        texts = pa.concat_arrays(self._texts) if self._texts else pa.array([], pa.large_string())
-        values = texts.take(pa.array(self._at[places]))
+        values = self._joined().take(pa.array(self._at[places])).cast(pa.large_string())
         return pa.table([self._keys[places], self._counts[places], values], schema=_SCHEMA)
+
+    def _joined(self) -> Texts:
+        """All texts, end to end."""
+        words = [texts.words for texts in self._texts if isinstance(texts, WordTexts)]
+        if len(words) == len(self._texts):
+            return WordTexts(np.concatenate([np.zeros(0, np.uint64), *words]))
+        whole = (texts.take(pa.array(np.arange(len(texts)))) for texts in self._texts)
+        joined: Texts = pa.concat_arrays(texts.cast(pa.large_string()) for texts in whole)
+        return joined
 
     def _merge(self) -> None:
         if not self._new:
             return
-        firsts = np.cumsum([0, *(len(texts) for texts in self._texts)])[-1]
-        new_keys = np.concatenate([part[0] for part in self._new])
-        keys = np.concatenate([self._keys, new_keys])
-        counts = np.concatenate([self._counts, *(part[1] for part in self._new)])
-        at = np.concatenate([self._at, firsts + np.arange(len(new_keys))])
-        order = np.argsort(keys, kind="stable")
+        # Two blocks may have had the same id: the text of the first is taken.
+        keys = np.concatenate([part[0] for part in self._new])
+        order = np.argsort(keys)
         keys = keys[order]
         begins = _begins(keys)
-        self._keys = keys[begins]
-        self._counts = np.add.reduceat(counts[order], begins)
-        self._at = at[order[begins]]
+        fresh = keys[begins]
+        counts = np.add.reduceat(np.concatenate([part[1] for part in self._new])[order], begins)
+        at = np.minimum.reduceat(order, begins) + sum(len(texts) for texts in self._texts)
+        # None of them is known: each goes before the first known one that is larger.
+        places = np.searchsorted(self._keys, fresh) + np.arange(len(fresh))
+        known = np.ones(len(self._keys) + len(fresh), bool)
+        known[places] = False
+        self._keys = _interleaved(known, self._keys, places, fresh)
+        self._counts = np.append(_interleaved(known, self._counts[:-1], places, counts), 0)
+        self._at = _interleaved(known, self._at, places, at)
         self._texts += [part[2] for part in self._new]
         self._new, self._new_size = [], 0
         self._index = KeyIndex(self._keys)
+
+
+def _interleaved(
+    at: NDArray[np.bool_], some: NDArray[Any], places: NDArray[np.int64], others: NDArray[Any]
+) -> NDArray[Any]:
+    """Some numbers where ``at`` is true, others in their places."""
+    joined = np.empty(len(at), some.dtype)
+    joined[at] = some
+    joined[places] = others
+    return joined
 
 
 class _Held:
@@ -300,14 +341,24 @@ def _ranks(table: pa.Table) -> NDArray[np.int64]:
     values = values if isinstance(values, pa.Array) else pa.concat_arrays(values.chunks)
     # The first 8 bytes of most ids tell them apart, and numbers are sorted ten times as fast as texts.
     heads = first_words(values)
-    order = np.argsort(heads)
-    order = order[np.argsort(-counts[order], kind="stable")]
+    order = _falling(counts, heads)
     heads, counts = heads[order], counts[order]
     if ((heads[1:] == heads[:-1]) & (counts[1:] == counts[:-1])).any():
         found: NDArray[np.int64] = pc.sort_indices(
             table.select(["count", "value"]), sort_keys=_ORDER
         ).to_numpy()
         return found
+    return order
+
+
+def _falling(counts: NDArray[np.int64], heads: Keys) -> NDArray[np.int64]:
+    """The order by falling count, then by head."""
+    order = np.argsort(heads)
+    # Numbers of 16 bits are sorted by radix; few ids are seen more often than these can say.
+    few = np.minimum(counts, _MANY)[order].astype(np.uint16)
+    order = order[np.argsort(~few, kind="stable")]
+    most = order[: np.count_nonzero(few == _MANY)]
+    most[:] = most[np.argsort(-counts[most], kind="stable")]
     return order
 
 

@@ -31,6 +31,8 @@ class Texts(Protocol):
     def take(self, places: Any) -> pa.Array:
         """Some of them."""
 
+    def __len__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class WordTexts:
@@ -47,6 +49,17 @@ class WordTexts:
         return pa.StringArray.from_buffers(
             len(characters), pa.py_buffer(ends), pa.py_buffer(characters[there])
         )
+
+    def some(self, places: NDArray[np.int64]) -> WordTexts:
+        """Some of them, as words."""
+        return WordTexts(self.words[places])
+
+    def heads(self) -> Keys:
+        """What :func:`first_words` gives for them."""
+        return self.words.astype("<u8").view(">u8").astype(np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.words)
 
 
 def splitmix64(x: Keys) -> Keys:

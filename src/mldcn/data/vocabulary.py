@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,8 @@ _PARTS: dict[str, np.dtype[Any]] = {
 }
 _ALIGNMENT = 64
 _CHUNK = 1 << 18
+# A column of a file to be written is kept in memory up to this size.
+_HELD_BYTES = 1 << 20
 # What sorting an id by its key takes.
 _SORT_BYTES = 48
 _LAST_KEY = np.uint64(2**64 - 1)
@@ -270,21 +272,31 @@ class VocabularyWriter:
 
 
 class _Column:
-    """Numbers in a temporary file beside another file, without a name of its own."""
+    """Numbers; many are in a temporary file beside another file, without a name of its own."""
 
     def __init__(self, path: Path, name: str, dtype: np.dtype[Any]) -> None:
-        temporary = path.with_name(f".{path.name}.{name}.{os.getpid()}")
-        self._file = temporary.open("w+b")
-        temporary.unlink()
+        self._path = path.with_name(f".{path.name}.{name}.{os.getpid()}")
         self._dtype = dtype
+        self._file: IO[bytes] | None = None
+        self._held: list[NDArray[Any]] = []
 
     def add(self, numbers: NDArray[Any]) -> None:
         """Appends."""
-        self._file.write(np.ascontiguousarray(numbers, self._dtype).data)
+        self._held.append(np.ascontiguousarray(numbers, self._dtype))
+        if self._file is None and sum(held.nbytes for held in self._held) > _HELD_BYTES:
+            self._file = self._path.open("w+b")
+            self._path.unlink()
+        if self._file is not None:
+            for held in self._held:
+                self._file.write(held.data)
+            self._held = []
 
     def set(self, places: NDArray[np.int64], numbers: NDArray[Any]) -> None:
         """Overwrites."""
-        if len(places):
+        if self._file is None:
+            self._held = [self.mapped()]
+            self._held[0][places] = numbers
+        elif len(places):
             self._file.flush()
             np.memmap(self._file, self._dtype, "r+")[places] = numbers
 
@@ -296,23 +308,28 @@ class _Column:
 
     def mapped(self) -> NDArray[Any]:
         """All numbers, as they lie in the file."""
+        if self._file is None:
+            return np.concatenate([np.zeros(0, self._dtype), *self._held])
         self._file.flush()
-        if not os.fstat(self._file.fileno()).st_size:
-            return np.zeros(0, self._dtype)
         return np.asarray(np.memmap(self._file, self._dtype, "r"))
 
     def close(self) -> None:
         """Gives the file back."""
         with contextlib.suppress(OSError):  # what a full disk has no room for is not needed any more
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
 
 def _starts(keys: Keys) -> Iterator[Rows]:
     """Where the keys of each first bits begin."""
     bits = _bits(len(keys))
     for start in range(0, 1 << bits, _CHUNK):
-        firsts = np.arange(start, min(start + _CHUNK, 1 << bits), dtype=np.uint64) << np.uint64(64 - bits)
-        yield np.searchsorted(keys, firsts).astype(np.int32)
+        stop = min(start + _CHUNK, 1 << bits)
+        first, last = np.searchsorted(keys, np.array([start, stop - 1], np.uint64) << np.uint64(64 - bits))
+        heads = (keys[first:last] >> np.uint64(64 - bits)).astype(np.int64)
+        yield (
+            first + np.cumsum(np.bincount(heads - start + 1, minlength=stop - start)[: stop - start])
+        ).astype(np.int32)
 
 
 def _read_parts(path: Path) -> dict[str, NDArray[Any]]:
