@@ -28,12 +28,16 @@ from mldcn.interactions.finalmlp import FinalMLP
 from mldcn.interactions.fm import FM, LR, FwFM
 from mldcn.interactions.gdcn import GDCN
 from mldcn.interactions.hcnet import HCNet
+from mldcn.interactions.hiformer import Hiformer
 from mldcn.interactions.homefeed import Homefeed
 from mldcn.interactions.masknet import MaskNet, ParallelMaskNet, SerialMaskNet
 from mldcn.interactions.mldcn import MLDCN
 from mldcn.interactions.moe import MMoE, MoE
 from mldcn.interactions.parallel import ParallelDCNV2
 from mldcn.interactions.products import DLRM, PNN, PNN2016
+from mldcn.interactions.rankmixer import RankMixer, RankMixerMoE
+from mldcn.interactions.transformer import Transformer
+from mldcn.interactions.wukong import Wukong
 
 __all__ = [
     "AFN",
@@ -61,6 +65,7 @@ __all__ = [
     "FinalMLP",
     "FwFM",
     "HCNet",
+    "Hiformer",
     "Homefeed",
     "Info",
     "Interaction",
@@ -69,9 +74,13 @@ __all__ = [
     "MoE",
     "ParallelDCNV2",
     "ParallelMaskNet",
+    "RankMixer",
+    "RankMixerMoE",
     "Regularised",
     "SerialMaskNet",
+    "Transformer",
     "WideDeep",
+    "Wukong",
     "XDeepFM",
     "auxiliary_loss",
     "build",
