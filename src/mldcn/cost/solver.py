@@ -29,12 +29,14 @@ Subject = TypeVar("Subject")
 class Dial(Generic[Subject]):
     """A width that can be turned.
 
-    name: as messages call it. start: where it stands. turn: the subject with another width.
+    name: as messages call it. start: where it stands. turn: the subject with another width. free: it has no
+    width of its own yet (one that follows others), and start is only where to begin.
     """
 
     name: str
     start: int
     turn: Callable[[Subject, int], Subject]
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def solve(
         for finer, dial in enumerate(dials):
             if finer and abs(best[0].residual) <= good:
                 break
-            reach = (dial.start // FINER_RANGE, dial.start * FINER_RANGE) if finer else (1, MAX_WIDTH)
+            bound = finer and not dial.free
+            reach = (dial.start // FINER_RANGE, dial.start * FINER_RANGE) if bound else (1, MAX_WIDTH)
             for base in best[:BASES]:
                 best = sorted([*best, *_Search(base, dial, cost, budget, close, reach).run()], key=_miss)
                 if finer and abs(best[0].residual) <= good:
@@ -319,4 +322,4 @@ def _option_dial(option: str, shape: Any, width: int) -> Dial[dict[str, Any]]:
         scaled = tuple(max(1, round(each * value / widths[0])) for each in widths)
         return {**subject, option: scaled if many else scaled[0]}
 
-    return Dial(option, widths[0], functools.partial(turn, isinstance(shape, tuple)))
+    return Dial(option, widths[0], functools.partial(turn, isinstance(shape, tuple)), shape is None)
