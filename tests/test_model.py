@@ -52,7 +52,7 @@ def test_every_architecture_meets_the_reference_budget(name):
 
 
 def test_a_budget_that_no_width_meets_is_refused():
-    with pytest.raises(UserError, match="no rank comes within"):
+    with pytest.raises(UserError, match="no rank and deep.hidden comes within"):
         match_flops(config(), FieldLayout.uniform(10, 16), ("click",), 100)
 
 
