@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +20,7 @@ from mldcn.errors import UserError
 from mldcn.files import locked, write_text
 from mldcn.metrics import metric_info
 from mldcn.run import RunFolder
+from mldcn.study.jobs import run_jobs
 from mldcn.study.recipe import Recipe, nested, overlay
 from mldcn.study.summary import Row, to_markdown
 from mldcn.training.fit import fit
@@ -126,36 +122,7 @@ def _matched(config: Config, recipe: Recipe, rival: str, encoded: EncodedLayout,
 def _run_all(planned: list[Job], jobs: int, say: Say) -> None:
     todo = [job for job in planned if not _finished(job)]
     say(f"{len(planned)} runs, {len(planned) - len(todo)} finished before")
-    # Processes are started afresh: a forked one would inherit the parent's thread pools.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
-        running = {pool.submit(_run, job, _threads(jobs)): job for job in todo}
-        try:
-            for done, future in enumerate(as_completed(running), 1):
-                say(f"{done} of {len(todo)}: {running[future]}: {future.result()}")
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that trained a model was killed, perhaps for want of memory; start the study again, it "
-                "goes on where it was, with fewer --jobs"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing new is begun
-
-
-def _end_with_parent() -> None:
-    """Ends this process as soon as the one that started it is gone, killed for example."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)  # what it was writing is left as by a kill, from which a run can be resumed
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _threads(jobs: int) -> int:
-    return max(1, multiprocessing.cpu_count() // jobs)
+    run_jobs(todo, _run, jobs, say)
 
 
 def _run(job: Job, threads: int) -> str:
