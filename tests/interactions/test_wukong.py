@@ -83,7 +83,7 @@ def test_new_tokens_have_both_signs():
 def test_the_order_doubles_with_every_layer(layers):
     """Along a line through the inputs, norms and ReLU off: a polynomial of degree 2^L exactly."""
     torch.manual_seed(0)
-    net = Wukong(FieldLayout.uniform(3, 2), num_layers=layers, num_fmb=2, num_lcb=2, rank=2, hidden=(3,))
+    net = Wukong(FieldLayout.uniform(3, 2), num_layers=layers, num_fmb=2, num_lcb=2, rank=2, hidden=3)
     net = net.double().eval()
     perturb_(net)
     for layer in net.layers:
@@ -114,7 +114,13 @@ def test_sizes_at_a_published_scale():
     """D = 128, n_L = n_F = 16, k = 24, three layers, MLP of two times 512, on 26 fields, written out."""
     with torch.device("meta"):
         net = Wukong(
-            FieldLayout.uniform(26, 128), num_layers=3, num_fmb=16, num_lcb=16, rank=24, hidden=(512, 512)
+            FieldLayout.uniform(26, 128),
+            num_layers=3,
+            num_fmb=16,
+            num_lcb=16,
+            rank=24,
+            hidden=512,
+            num_hidden=2,
         )
     params = flops = 0
     for n in (26, 32, 32):
@@ -132,6 +138,6 @@ def test_fields_of_other_widths_are_projected_and_counted():
         [("a", "numeric", "user", 1), ("b", "multi", "item", 4), ("c", "multi", "item", 4)]
     )
     equal = FieldLayout.uniform(3, 4)
-    sizes = {"num_layers": 1, "num_fmb": 1, "num_lcb": 1, "rank": 1, "hidden": (2,)}
+    sizes = {"num_layers": 1, "num_fmb": 1, "num_lcb": 1, "rank": 1, "hidden": 2}
     assert Wukong(layout, **sizes).flops() == Wukong(equal, **sizes).flops() + 2 * 4
     assert Wukong(equal, token_width=4, **sizes).flops() == Wukong(equal, **sizes).flops() + 2 * 3 * 4 * 4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ class FactorizationMachineBlock(nn.Module):
     """``reshape(MLP(LN(flatten(X X^T Y))))``: n tokens to n_F new ones, made of their inner products.
 
     Computed as ``X (X^T Y)``, which never makes the n x n products. Y (n x k) starts at ``N(0, 1/n)``: X^T Y
-    then is as wide-spread as X. The MLP has ReLU layers of the given widths and a linear layer to ``n_F e``.
+    then is as wide-spread as X. The MLP has ReLU layers of the given widths and a linear one to ``n_F e``.
     With P and F the parameters and FLOPs of the MLP: ``nk + 2nk + P`` and ``4nek + F``.
 
     Args:
@@ -134,9 +136,10 @@ class Wukong(Interaction):
     ReLU apart). The result is all ``n_F + n_L`` tokens side by side.
 
     Per layer on n tokens of width e, P and F being parameters and FLOPs of an MLP with the widths
-    ``(nk, *hidden, n_F e)``: ``3nk + P + n n_L + 2e`` parameters and ``4nek + F + 2n n_L e`` FLOPs; where
-    n is not ``n_F + n_L``, ``n (n_F + n_L)`` and ``2n (n_F + n_L) e`` more. The first layer has a token a
-    field, the others ``n_F + n_L``. Fields of other widths than e are projected (``w e`` and ``2we`` each).
+    ``(nk, hidden, .., hidden, n_F e)``: ``3nk + P + n n_L + 2e`` parameters and ``4nek + F + 2n n_L e``
+    FLOPs; where n is not ``n_F + n_L``, ``n (n_F + n_L)`` and ``2n (n_F + n_L) e`` more. The first layer has
+    a token a field, the others ``n_F + n_L``. Fields of other widths than e are projected (``w e`` and
+    ``2we`` each).
 
     The paper also makes Y from the input ("attentive"); here Y is a parameter.
 
@@ -148,7 +151,9 @@ class Wukong(Interaction):
         num_fmb: n_F, tokens a layer makes by its factorisation machine block.
         num_lcb: n_L, tokens a layer makes by its linear compression block.
         rank: k, of the factorisation machine.
-        hidden: widths of the hidden layers of the MLP in the factorisation machine block.
+        hidden: width of every hidden layer of the MLP in the factorisation machine block; by default that of
+            its output, n_F e.
+        num_hidden: hidden layers of this MLP; with none it is one linear map.
 
     Example:
         >>> import torch
@@ -168,15 +173,17 @@ class Wukong(Interaction):
         num_fmb: Count = 16,
         num_lcb: Count = 16,
         rank: Count = 16,
-        hidden: tuple[Count, ...] = (256,),
+        hidden: Count | None = None,
+        num_hidden: Annotated[int, pydantic.Field(ge=0)] = 1,
     ) -> None:
         layout = as_layout(features)
         tokens = FieldTokens(layout, token_width)
         super().__init__(layout.width, (num_fmb + num_lcb) * tokens.width)
         self.tokens = tokens
+        widths = (hidden or num_fmb * tokens.width,) * num_hidden
         counts = [len(layout)] + [num_fmb + num_lcb] * (num_layers - 1)
         self.layers = nn.ModuleList(
-            WukongLayer(n, tokens.width, num_fmb, num_lcb, rank, hidden) for n in counts
+            WukongLayer(n, tokens.width, num_fmb, num_lcb, rank, widths) for n in counts
         )
 
     def forward(self, x0: Tensor) -> Tensor:

@@ -91,21 +91,23 @@ def rankmixer_moe(p, x0, widths, num_tokens, num_experts, **_):
     return _rankmixer(p, x0, widths, num_tokens, ffn)
 
 
-def _wukong(layers=2, e=None, nf=3, nl=2, k=2, hidden=(5,)):
+def _wukong(layers=2, e=None, nf=3, nl=2, k=2, hidden=None, deep=1):
     width = e or 4
     entry = sum(w * width for w in LAYOUT.widths if e or w != width)
     params, flops = entry, 2 * entry
     n, m = len(LAYOUT.widths), nf + nl
     for _ in range(layers):
-        chain = [n * k, *hidden, nf * width]
+        chain = [n * k, *[hidden or nf * width] * deep, nf * width]
         steps = list(pairwise(chain))
         params += n * k + 2 * n * k + sum(a * b + b for a, b in steps) + n * nl + 2 * width
         flops += 4 * n * width * k + sum(2 * a * b for a, b in steps) + 2 * n * nl * width
         if n != m:
             params, flops = params + n * m, flops + 2 * n * m * width
         n = m
-    sizes = {"num_layers": layers, "num_fmb": nf, "num_lcb": nl, "rank": k, "hidden": list(hidden)}
-    return Case("wukong", sizes | ({"token_width": e} if e else {}), params, flops)
+    sizes = {"num_layers": layers, "num_fmb": nf, "num_lcb": nl, "rank": k}
+    given = {"token_width": e, "hidden": hidden, "num_hidden": deep}
+    changed = {key: value for key, value in given.items() if value not in (None, 1)}
+    return Case("wukong", sizes | changed, params, flops)
 
 
 def _mixer(layers=2, tokens=3, head=2, hidden=None, experts=None, **options):
@@ -131,8 +133,8 @@ def _mixer(layers=2, tokens=3, head=2, hidden=None, experts=None, **options):
 
 CASES = [
     _wukong(),
-    _wukong(layers=1, nf=2, nl=2, hidden=(5, 6)),
-    _wukong(layers=1, e=3, nf=1, nl=4, hidden=()),
+    _wukong(layers=1, nf=2, nl=2, hidden=5, deep=2),
+    _wukong(layers=1, e=3, nf=1, nl=4, deep=0),
     _mixer(),
     _mixer(layers=1, tokens=5, head=1, hidden=4),
     _mixer(layers=1, tokens=1, head=3),
