@@ -241,7 +241,8 @@ def test_history_has_a_line_an_evaluation(work):
 
 
 @pytest.mark.parametrize(
-    "command", ["init", "describe", "fit", "evaluate", "predict", "compare", "models", "study", "demo"]
+    "command",
+    ["init", "describe", "fit", "evaluate", "predict", "compare", "models", "cost", "study", "demo"],
 )
 def test_help_carries_an_example(command):
     assert "Example: mldcn" in run(command, "--help")
