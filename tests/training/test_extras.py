@@ -29,6 +29,7 @@ CROSS = {"name": "dcnv2_lowrank", "num_layers": 1, "rank": 2}
 STREAMS = {"name": "dcnv3", "num_deep_layers": 2, "num_shallow_layers": 1}
 GATES = {"name": "mmoe", "expert": CROSS, "num_experts": 3}
 BALANCED = {**GATES, "num_experts": 4, "top_k": 2, "balance": 0.3}
+ROUTERS = {"name": "rankmixer_moe", "num_tokens": 4, "head_width": 4}
 STRUCTURES = {
     "stacked": {"hidden": (6,)},
     "parallel": {"hidden": (6,), "structure": "parallel"},
@@ -320,7 +321,10 @@ def config(log, interaction, **training):
 
 RUNS = {
     "tasks": (GATES, {}),
+    "task tokens": ({"name": "hiformer", "token_width": 8, "num_layers": 1}, {}),
     "streams": (STREAMS, {}),
+    "two routers": (ROUTERS, {"ema": 0.95}),
+    "two routers in half precision": (ROUTERS, {"amp": "bf16"}),
     "terms": (BALANCED, {"ema": 0.95}),
     "half precision": ({**BALANCED, "balance": 0.01}, {"amp": "bf16"}),
     "streams in half precision": (STREAMS, {"amp": "bf16"}),
@@ -361,9 +365,9 @@ def test_the_measured_loss_is_the_tasks_alone(log, tmp_path):
     assert metrics["valid"]["click"]["logloss"] < 1
 
 
-@pytest.mark.parametrize("interaction", [BALANCED, STREAMS], ids=["terms", "streams"])
+@pytest.mark.parametrize("interaction", [BALANCED, STREAMS, ROUTERS], ids=["terms", "streams", "routers"])
 def test_a_resumed_run_ends_with_the_same_weights(log, tmp_path, monkeypatch, interaction):
-    """The gates' noise included."""
+    """The gates' noise and the coefficient that adapts included."""
     wanted = config(log, interaction, checkpoint_steps=5)
     data = prepare(wanted, tmp_path / "encoded")
     step = Trainer._step
