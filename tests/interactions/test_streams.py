@@ -283,6 +283,15 @@ def test_outputs_of_the_right_width_are_not_mapped():
     assert list(DHEN(FieldLayout.uniform(4, 4), layers=layers).layers[0].maps) == ["2"]
 
 
+def test_width_turns_every_modules_own_knob():
+    layers = [["masknet_parallel", {"name": "dnn", "hidden": [8, 4]}], ["dcnv2"]]
+    module = DHEN(FieldLayout.uniform(3, 4), layers=layers, width=6)
+    masks, deep = module.layers[0].parts
+    assert masks.blocks[0].hidden.out_features == 6
+    assert deep.mlp.widths == (12, 6, 3)
+    assert module.layers[1].parts[0].out_features == 6
+
+
 def test_concatenated_modules_make_more_tokens():
     module = DHEN(FieldLayout.uniform(3, 4), layers=[["dnn", "dcnv2"], ["dcnv2"]], ensemble="concat")
     assert [layer.num_tokens for layer in module.layers] == [6, 3]
@@ -329,6 +338,7 @@ def test_side_inputs_are_refused_where_they_do_not_fit():
         ),
         ({"layers": "dnn"}, "layers: "),
         ({"layers": [[{"name": "mmoe", "num_tasks": 2}]]}, "layers.0: mmoe: only the outermost"),
+        ({"layers": [["dnn", "lr"]], "width": 4}, "layers.0: lr has no width to turn"),
         ({"ensemble": "mean"}, "ensemble: .*'sum', 'weighted' or 'concat'"),
     ],
 )

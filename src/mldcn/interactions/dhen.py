@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mldcn.interactions.base import Count, Interaction, register
-from mldcn.interactions.nested import Spec, build_nested
+from mldcn.interactions.nested import Spec, build_nested, turned
 from mldcn.interactions.tokens import FieldTokens
 from mldcn.layout import FieldLayout, Side, as_layout
 
@@ -94,7 +94,7 @@ class EnsembleLayer(nn.Module):
     order="none (LayerNorm; without it the product of its layers' highest)",
     cost="Σ layers (Σ modules (F + 2hle) + 2mm'e)",
     knob="token_width",
-    secondary="num_tokens",
+    secondary="width",
 )
 class DHEN(Interaction):
     """Deep & Hierarchical Ensemble Network: ``X_{n+1} = LN(ensemble_i(f_i(X_n)) + shortcut(X_n))``.
@@ -112,12 +112,15 @@ class DHEN(Interaction):
             and options.
         ensemble: ``sum`` of the modules' outputs, ``weighted`` sum with learned weights, or ``concat`` of
             their tokens.
+        width: for the option that is each module's own width knob (of a DNN's layers, a mask block's output, a
+            projection before full-rank cross layers), in place of the values in ``layers``.
         num_tokens: l, that each module gives; as many as there are fields by default.
         token_width: e, to which all fields are projected; by default the commonest width, to which only
             fields of other widths are.
 
     Raises:
-        ValueError: a module's options do not fit, or it reads more than ``x0`` where that is not to be had.
+        ValueError: a module's options do not fit, it has no width knob to turn, or it reads more than ``x0``
+            where that is not to be had.
 
     Example:
         >>> import torch
@@ -134,21 +137,22 @@ class DHEN(Interaction):
         *,
         layers: Layers = (("dnn", "dcnv2", "masknet_parallel"), ("dcnv2",)),
         ensemble: Ensemble = "sum",
+        width: Count | None = None,
         num_tokens: Count | None = None,
         token_width: Count | None = None,
     ) -> None:
         layout = as_layout(features)
         tokens = FieldTokens(layout, token_width)
-        width = tokens.width
-        first = FieldLayout.build([(field.name, field.kind, field.source, width) for field in layout])
+        first = FieldLayout.build([(field.name, field.kind, field.source, tokens.width) for field in layout])
         fields = first
         built: list[EnsembleLayer] = []
         for i, specs in enumerate(layers):
             try:
-                built.append(EnsembleLayer(fields, specs, num_tokens or len(layout), ensemble))
+                modules = specs if width is None else [turned(spec, width) for spec in specs]
+                built.append(EnsembleLayer(fields, modules, num_tokens or len(layout), ensemble))
             except ValueError as error:
                 raise ValueError(f"layers.{i}: {error}") from None
-            fields = FieldLayout.uniform(built[-1].num_tokens, width)
+            fields = FieldLayout.uniform(built[-1].num_tokens, tokens.width)
         super().__init__(layout.width, fields.width)
         self.sides = _sides(built, layout, first)
         self.tokens = tokens

@@ -67,10 +67,9 @@ def turned(spec: str | Mapping[str, Any], width: int) -> dict[str, Any]:
     if knob is None or config[knob] == []:
         raise ValueError(f"{config['name']} has no width to turn")
     start = config[knob]
-    turned_to = (
-        [max(1, round(each * width / start[0])) for each in start] if isinstance(start, list) else width
-    )
-    return {**config, knob: turned_to}
+    if isinstance(start, list):
+        return {**config, knob: [max(1, round(each * width / start[0])) for each in start]}
+    return {**config, knob: width}
 
 
 def _plain(error: UserError) -> str:

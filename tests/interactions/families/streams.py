@@ -228,6 +228,7 @@ CASES = [
     _dhen([[_NET, _CROSS], [_CROSS]], ensemble="weighted", tokens=3),
     _dhen([[_CROSS, _NET], [_NET]], ensemble="concat", tokens=2),
     _dhen([[_CROSS]], e=3, token_width=3),
+    _dhen([[{"name": "dnn", "hidden": [9]}]], width=7),
     _deeplight(D),
     _deeplight(0, first_order="ids"),
     _deeplight(0, token_width=3, first_order="none", dropout=0.5),
