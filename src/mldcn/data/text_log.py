@@ -368,8 +368,9 @@ class _Source:
         """At most so many bytes; none at the end."""
         if self._stopped:
             return b""
-        if not self._ready:
-            self._ready = self._next(size)
+        # Bytes that are not UTF-8 have made more of what was read: the rest alone may hold no line end.
+        if len(self._ready) < size:
+            self._ready += self._next(size - len(self._ready))
         given, self._ready = self._ready[:size], self._ready[size:]
         return given
 
