@@ -7,13 +7,14 @@ from torch import Tensor
 from mldcn.interactions.base import Count, Interaction, Ratio, register
 from mldcn.interactions.cross import DCNV2
 from mldcn.interactions.masknet import ParallelMaskNet
+from mldcn.interactions.parallel import HOMEFEED
 from mldcn.layout import FieldLayout, as_layout
 
 
 @register(
     "homefeed",
     title="Homefeed stack",
-    paper="Improving feature interactions at Pinterest under industry constraints",
+    paper=HOMEFEED,
     year=2024,
     order="2 (L + 1)",
     cost="2u (2dk + dq) + 2L (uq)²",
