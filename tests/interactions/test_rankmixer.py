@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,31 @@ def test_tokens_are_slices_of_the_fields_grouped_by_source():
     x0 = torch.tensor([[10.0, 20.0, 21.0, 30.0, 31.0, 40.0, 50.0]])
     # user, age | item | match | context, and a zero.
     assert tokens(x0)[0, :, :2].tolist() == [[30, 31], [50, 20], [21, 40], [10, 0]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_column_is_lost_or_used_twice_on_random_layouts(seed):
+    draw = np.random.default_rng(seed)
+    sources = ["user", "item", "user_item", "context"]
+    layout = FieldLayout.build(
+        [
+            (f"f{i}", "categorical", sources[draw.integers(4)], int(draw.integers(1, 6)))
+            for i in range(draw.integers(1, 9))
+        ]
+    )
+    tokens = SemanticTokens(layout, num_tokens=int(draw.integers(1, 7)), width=5)
+    seen = []
+    tokens.projection.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    tokens(torch.arange(1.0, layout.width + 1)[None])
+    columns = seen[0].flatten().int().tolist()
+    order = [
+        column + 1
+        for source in sources
+        for field in layout
+        if field.source == source
+        for column in range(field.columns.start, field.columns.stop)
+    ]
+    assert columns == order + [0] * (len(columns) - layout.width)
 
 
 def test_every_token_has_a_projection_of_its_own():

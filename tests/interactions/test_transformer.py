@@ -35,6 +35,42 @@ def test_tokens_are_s_sparse_c_dense_and_u_of_each_sequence():
     assert tokens.flops() == 2 * 4 * (6 + 4 + 7 + 2 * 3 + 3 * 8)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_are_products_with_each_fields_own_matrix_on_random_layouts(seed):
+    draw = np.random.default_rng(seed)
+    kinds = ["numeric", "categorical", "multi", "embedding", "sequence"]
+    layout = FieldLayout.build(
+        [
+            (f"f{i}", kinds[draw.integers(5)], "user", int(draw.integers(1, 4)))
+            for i in range(draw.integers(1, 9))
+        ]
+    )
+    torch.manual_seed(seed)
+    tokens = HomefeedTokens(layout, 3, dense_tokens=2, sequence_tokens=2).double()
+    x0 = torch.randn(1, layout.width, dtype=torch.float64)
+    row = x0[0].numpy()
+    state = {name: value.numpy() for name, value in tokens.state_dict().items()}
+    own = [
+        matrix
+        for name in sorted(state, key=lambda name: int(name.split(".")[2 if "proj" in name else 1]))
+        if name.startswith("fields.")
+        for matrix in state[name]
+    ]
+    expected = [
+        row[field.columns] @ matrix
+        for field, matrix in zip(
+            [field for field in layout if field.kind not in ("numeric", "sequence")], own, strict=True
+        )
+    ]
+    numeric = [field for field in layout if field.kind == "numeric"]
+    groups = [np.concatenate([row[field.columns] for field in numeric])] if numeric else []
+    groups += [row[field.columns] for field in layout if field.kind == "sequence"]
+    for i, group in enumerate(groups):
+        weight = state[f"groups.{i}.weight"]
+        expected += [weight[:3] @ group, weight[3:] @ group]
+    np.testing.assert_allclose(tokens(x0)[0].detach().numpy(), np.stack(expected), atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("field", "moved"),
     [

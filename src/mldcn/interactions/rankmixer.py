@@ -95,22 +95,23 @@ class SparseExperts(Regularised):
     An expert is ``GELU(s W1 + b1) W2 + b2``; every token has E of its own, and its own linear routers h. There
     are two (dense training, sparse inference): ``h_train`` is free, ``h_infer`` is held sparse by the loss
     ``lambda * sum_tj G_tj`` (a mean over rows) and alone is used in inference. In training each row goes by
-    one of the two, so both, and every expert under either, learn from the task as they are used.
+    one of the two: both learn from the task, h_infer exactly as it is used later, and experts that it closes
+    learn under h_train.
 
     lambda adapts as in ReMoE: a step at which more than ``active_ratio`` of h_infer's gates are open
     multiplies it by ``coefficient_step``, one at which fewer are divides it. It is part of the state. Large
     factors close far too many gates before lambda comes down again.
 
     All experts are computed whatever the gates are: sparsity here saves no time. Gathering the open ones
-    would make shapes depend on the data, which neither export nor whole-graph compilation takes. With h the
-    width of an expert: ``T (E (2Dh + h + D) + 2 (DE + E))`` parameters and ``T E (4Dh + 4D)`` FLOPs in
+    would make shapes depend on the data, which neither export nor whole-graph compilation takes. With f the
+    width of an expert: ``T (E (2Df + f + D) + 2 (DE + E))`` parameters and ``T E (4Df + 4D)`` FLOPs in
     inference (router and output bias are products, too); a kernel that skips closed experts would do
     ``active_ratio`` of the experts' part.
 
     Args:
         num_tokens: T.
         width: D.
-        hidden: h, width of each expert's inner layer.
+        hidden: f, width of each expert's inner layer.
         num_experts: E, experts of each token.
         active_ratio: the share of open gates that lambda holds h_infer to.
         coefficient_step: the factor by which lambda changes at each step.
@@ -162,7 +163,7 @@ class SparseExperts(Regularised):
             self.log_coefficient.add_(move).clamp_(LOG_START, LOG_MOST)
 
     def flops(self) -> int:
-        """``T E (4Dh + 4D)``: one router, all experts, the sum of their output biases."""
+        """``T E (4Df + 4D)``: one router, all experts, the sum of their output biases."""
         return self.up.flops() + self.down.flops() + self.infer_router.flops() + 2 * self.bias.numel()
 
 
@@ -247,21 +248,21 @@ class RankMixer(_Mixer):
     paper=PAPER,
     year=2025,
     order="none (GELU)",
-    cost="LTE (4Dh + 4D) + 2TsD",
+    cost="LTE (4Df + 4D) + 2TsD",
     knob="head_width",
     secondary="hidden",
 )
 class RankMixerMoE(_Mixer):
     """:class:`RankMixer` with a sparse mixture of experts in place of each token's network.
 
-    See :class:`SparseExperts` for routing, its loss, and why compute stays dense: FLOPs are counted so. With h
+    See :class:`SparseExperts` for routing, its loss, and why compute stays dense: FLOPs are counted so. With f
     the width of an expert and slices of ``s = ceil(d / T)`` columns:
-    ``L (T (E (2Dh + h + D) + 2 (DE + E)) + 4D) + T (sD + D)`` parameters, of which inference does not read
-    ``L T (DE + E)``, and ``LTE (4Dh + 4D) + 2TsD`` FLOPs.
+    ``L (T (E (2Df + f + D) + 2 (DE + E)) + 4D) + T (sD + D)`` parameters, of which inference does not read
+    ``L T (DE + E)``, and ``LTE (4Df + 4D) + 2TsD`` FLOPs.
 
     The paper names two routers that are both trained, and a loss on the second; how the second learns from
     the task is left open. Here each row of a training batch goes through the whole network by one of them, at
-    random.
+    random. A training loop of one's own adds :func:`~mldcn.interactions.auxiliary_loss` to its loss.
 
     Args:
         features: width d of ``x0``, or its layout (whose sources are the semantic groups).
@@ -269,7 +270,7 @@ class RankMixerMoE(_Mixer):
         num_tokens: T.
         head_width: D / T.
         num_experts: E, experts of each token.
-        hidden: h, width of each expert's inner layer; by default 3 D / E, so that all experts together are as
+        hidden: f, width of each expert's inner layer; by default 3 D / E, so that all experts together are as
             wide as RankMixer's network.
         active_ratio: the share of open gates that each layer's inference router is held to.
         coefficient_step: the factor by which the coefficient of its loss changes at each training step.
@@ -281,8 +282,8 @@ class RankMixerMoE(_Mixer):
         >>> import torch
         >>> from mldcn.interactions import RankMixerMoE
         >>> net = RankMixerMoE(128, num_tokens=4, head_width=8, num_experts=4, active_ratio=0.25)
-        >>> net(torch.randn(8, 128)).shape
-        torch.Size([8, 32])
+        >>> net(torch.randn(8, 128)).shape, net.flops()
+        (torch.Size([8, 32]), 110592)
     """
 
     def __init__(
