@@ -419,7 +419,9 @@ def cost(
     from mldcn import cost as costs
     from mldcn.console import cost_tables, latency_table, memory_table
     from mldcn.files import write_text
+    from mldcn.model import pick_device
 
+    device = str(pick_device(device))
     sizes = costs.parse_sizes(batch_sizes)
     target = costs.load_target(model, settings, schema, fields=fields, width=width, rows=rows)
     if budget is not None:
