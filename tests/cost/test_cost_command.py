@@ -110,14 +110,13 @@ def test_a_budget_turns_the_width(budget, number, tmp_path):
 def test_a_latency_is_a_budget(monkeypatch):
     """The measure is put on: a millisecond for each megaFLOP."""
     target = load_target("dnn")
-    layout = target.x0()
 
-    def measured(model, schema, log, batch, *, device):
-        return batch * 1e-9 * scorer_flops(model, layout, ("task1",))
+    def measured(meter, model):
+        return meter.batch_size * 1e-9 * scorer_flops(model, target.x0(), ("task1",))
 
-    monkeypatch.setattr("mldcn.cost.target.median_latency", measured)
+    monkeypatch.setattr("mldcn.cost.latency.LatencyMeter.__call__", measured)
     found = meet(target, "latency@4=6")
-    assert scorer_flops(found.model, layout, ("task1",)) == pytest.approx(1.5e6, rel=0.05)
+    assert scorer_flops(found.model, target.x0(), ("task1",)) == pytest.approx(1.5e6, rel=0.05)
 
 
 @pytest.mark.parametrize(

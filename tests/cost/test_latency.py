@@ -1,7 +1,7 @@
 import pytest
 from cost_cases import model, plain
 
-from mldcn.cost import matrix_rate, measure_latency, median_latency
+from mldcn.cost import LatencyMeter, matrix_rate, measure_latency
 from mldcn.cost.latency import call_times, quantile
 
 
@@ -31,5 +31,12 @@ def test_each_batch_size_is_measured():
 
 def test_costs_that_are_times():
     schema, layout = plain()
-    assert median_latency(model("dnn"), schema, layout, 4, seconds=0.0) > 0
+    meter = LatencyMeter(schema, layout, 4, seconds=0.0)
+    assert meter(model("dnn")) > 0
+    tables = meter._built[1].embedder
+    assert meter(model("dnn", options={"hidden": [7]})) > 0
+    assert meter._built[1].embedder is tables
+    assert meter._built[1].scorer.interaction.out_features == 7
+    assert meter(model("deepfm")) > 0
+    assert meter._built[1].embedder is not tables
     assert matrix_rate() > 1e6

@@ -2,7 +2,7 @@
 
 from mldcn.cost.budget import match_flops, meet_budget, scorer_flops, scorer_parameters, x0_layout
 from mldcn.cost.flops import Work, WorkCounter, module_flops
-from mldcn.cost.latency import Latency, Timings, matrix_rate, measure_latency, median_latency
+from mldcn.cost.latency import Latency, LatencyMeter, Timings, matrix_rate, measure_latency
 from mldcn.cost.memory import Memory, Step, Training, estimate_memory, measure_memory
 from mldcn.cost.model import ModelCost, interaction_work, model_cost, total
 from mldcn.cost.sample import log_layout, plain_schema, sample_batch
@@ -12,6 +12,7 @@ from mldcn.cost.target import Target, load_target, meet, parse_sizes
 
 __all__ = [
     "Latency",
+    "LatencyMeter",
     "Memory",
     "ModelCost",
     "Solution",
@@ -31,7 +32,6 @@ __all__ = [
     "matrix_rate",
     "measure_latency",
     "measure_memory",
-    "median_latency",
     "meet",
     "meet_budget",
     "model_cost",

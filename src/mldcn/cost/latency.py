@@ -13,7 +13,7 @@ import torch
 from mldcn.config import ModelConfig
 from mldcn.cost.sample import sample_batch
 from mldcn.data.batch import EncodedLayout
-from mldcn.model import Ranker
+from mldcn.model import Ranker, Scorer
 from mldcn.schema import Schema
 
 BATCH_SIZES = (1, 4, 16, 64, 256, 1024, 4096)
@@ -76,18 +76,48 @@ def measure_latency(
     return Timings(device, torch.get_num_threads(), rate, tuple(found))
 
 
-def median_latency(
-    config: ModelConfig,
-    schema: Schema,
-    layout: EncodedLayout,
-    batch_size: int,
-    *,
-    device: str = "cpu",
-    seconds: float = 0.2,
-) -> float:
-    """Median seconds to score a batch: a cost for :func:`mldcn.cost.meet_budget`."""
-    model = Ranker(config, schema, layout).to(device).eval()
-    return statistics.median(_times(model, layout, batch_size, device, seconds))
+class LatencyMeter:
+    """Median seconds to score a batch: a cost for :func:`mldcn.cost.meet_budget`.
+
+    Tables are filled once: a search changes what is behind them.
+
+    Args:
+        schema: the log's schema.
+        layout: what the columns of its encoded rows are.
+        batch_size: rows scored at once.
+        device: where.
+        seconds: to spend on each config.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        layout: EncodedLayout,
+        batch_size: int,
+        *,
+        device: str = "cpu",
+        seconds: float = 0.2,
+    ) -> None:
+        self.schema, self.layout, self.batch_size = schema, layout, batch_size
+        self.device, self.seconds = device, seconds
+        self._built: tuple[ModelConfig, Ranker] | None = None
+
+    def __call__(self, config: ModelConfig) -> float:
+        """The median latency of a config's model."""
+        return statistics.median(
+            _times(self._model(config), self.layout, self.batch_size, self.device, self.seconds)
+        )
+
+    def _model(self, config: ModelConfig) -> Ranker:
+        if self._built is not None and self._built[0].embedding == config.embedding:
+            model = self._built[1]
+            scorer = Scorer(config, model.embedder.layout, model.tasks).to(self.device).eval()
+            if scorer.interaction.sides == model.scorer.interaction.sides:
+                model.scorer = scorer
+                return model
+        model = Ranker(config, self.schema, self.layout).to(self.device).eval()
+        self._built = (config, model)
+        return model
 
 
 def matrix_rate(device: str = "cpu") -> float:

@@ -180,6 +180,8 @@ class _Tracker(ValueGuess):  # type: ignore[no-untyped-call]
         packet = func.overloadpacket
         if packet in _PARTS and args[0] in self._rows:
             return self._rows[args[0]][_PARTS[packet]]
+        if packet in (aten.normal_, aten.uniform_):
+            return args[0]  # there are no values to draw
         if packet is aten.nonzero:
             asked = args[0]
             found = self.distinct.get(asked.numel(), asked.numel())
