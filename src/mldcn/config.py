@@ -173,7 +173,10 @@ class RecoveryConfig(Strict):
 
 
 class PruningConfig(Strict):
-    """DeepLight's pruning by magnitude: k steps after the warm-up, a share s (1 - 0.99^(k / span)) is zero."""
+    """DeepLight's pruning by magnitude: k steps after the warm-up, a share s (1 - 0.99^(k / span)) is zero.
+
+    The best weights are chosen among those with 95 % of s; before these, and without them, the last are kept.
+    """
 
     sparsity: float = Field(0.9, gt=0, lt=1, description="s, that the share of zeros grows to")
     warmup_epochs: int = Field(2, ge=0, description="epochs before the first weight is pruned")

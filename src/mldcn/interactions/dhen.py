@@ -72,7 +72,7 @@ class EnsembleLayer(nn.Module):
             if self.weights is not None:
                 out = self.weights[i] * out
             found.append(out.reshape(-1, *self.shape))
-        whole = torch.cat(found, dim=1) if self.ensemble == "concat" else torch.stack(found).sum(dim=0)
+        whole = torch.cat(found, dim=1) if self.ensemble == "concat" else sum(found[1:], found[0])
         tokens = x.reshape(-1, self.before, self.shape[1])
         if self.shortcut is not None:
             tokens = self.shortcut(tokens.transpose(1, 2)).transpose(1, 2)

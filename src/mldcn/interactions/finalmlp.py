@@ -195,7 +195,7 @@ class FinalMLP(Interaction):
             for name, context in (("context1", context1), ("context2", context2))
             if selection
         )
-        self.streams_ = nn.ModuleList(
+        self.mlps = nn.ModuleList(
             MLP(layout.width, hidden, dropout=dropout, batch_norm=batch_norm) for hidden in (hidden1, hidden2)
         )
         self.fusion = BilinearFusion(hidden1[-1], hidden2[-1], width, num_heads)
@@ -203,13 +203,13 @@ class FinalMLP(Interaction):
     def forward(self, x0: Tensor) -> Tensor:
         """``(B, d) -> (B, width)``."""
         inputs = [gate(x0) for gate in self.gates] or [x0, x0]
-        one, two = (stream(each) for stream, each in zip(self.streams_, inputs, strict=True))
+        one, two = (stream(each) for stream, each in zip(self.mlps, inputs, strict=True))
         out: Tensor = self.fusion(one, two)
         return out
 
     def flops(self) -> int:
         """The sum over gates, streams and fusion."""
-        return sum(part.flops() for part in (*self.gates, *self.streams_, self.fusion))
+        return sum(part.flops() for part in (*self.gates, *self.mlps, self.fusion))
 
 
 def _split(width: int, parts: int) -> list[int]:

@@ -27,6 +27,9 @@ class Pruner:
     DeepLight's way to let it come back. What to prune follows from the weights and the step alone, so that a
     run that was stopped needs no more than these to go on.
 
+    A dense product takes as long with zeros as without: ``benchmarks/sparse.py`` measures from which share on a
+    sparse one is faster.
+
     Args:
         config: the sparsity and its schedule.
         model: whose weights are pruned in place.

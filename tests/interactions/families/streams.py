@@ -47,7 +47,7 @@ def finalmlp(
             x = x0 * 2 * sigmoid(gate["out.weight"] @ mlp(at(gate, "mlp"), c) + gate["out.bias"])
         elif selection:
             x = x0 * 2 * sigmoid(p[f"gates.{i}.bias"])
-        streams.append(mlp(at(p, f"streams_.{i}"), x))
+        streams.append(mlp(at(p, f"mlps.{i}"), x))
     one, two = streams
     y = p["fusion.linear1.weight"] @ one + p["fusion.linear2.weight"] @ two + p["fusion.linear1.bias"]
     heads = [head for i in range(len(p)) if f"fusion.weights.{i}" in p for head in p[f"fusion.weights.{i}"]]
