@@ -122,7 +122,10 @@ class Located:
         """The numbers of a column, NaN where missing, ``(n,)``; None unless all are whole, of up to 8 digits."""
         _, _, numbers, whole = self._read
         place = self.wanted.numbers.index(name) if name in self.wanted.numbers else -1
-        return numbers[place] if place >= 0 and whole[place] else None
+        if place < 0 or not whole[place]:
+            return None
+        # Who keeps a column does not keep others that are of no use.
+        return numbers[place] if whole.all() else numbers[place].copy()
 
     @cached_property
     def _read(self) -> tuple[Keys, Bools, Floats, Bools]:
@@ -220,7 +223,7 @@ class _Rows:
         self._texts: list[NDArray[np.uint8]] = []
         self._ends: list[NDArray[np.int32]] = []
         self._size = self._marks = 0
-        # What stands behind the last line end, and how many there are.
+        # Line ends, and what stands behind the last one.
         self.count = 0
         self._tail = b""
 

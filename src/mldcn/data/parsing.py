@@ -77,8 +77,9 @@ class Ids:
         """
         coded = pa.array(words).dictionary_encode()
         codes, distinct = coded.indices.to_numpy(), coded.dictionary.to_numpy()
-        for place in np.flatnonzero(np.isin(distinct, missing)):
-            codes = np.where(codes == place, np.int32(-1), codes)
+        for word in missing:
+            for place in np.flatnonzero(distinct == word):
+                codes = np.where(codes == place, np.int32(-1), codes)
         texts = WordTexts(distinct)
         lengths = np.searchsorted(WORD_MASKS, distinct)
         if (distinct >> (8 * (lengths - 2)).view(np.uint64) == _FRACTION).any():
