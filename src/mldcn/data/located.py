@@ -125,7 +125,8 @@ class Located:
         if place < 0 or not whole[place]:
             return None
         # Who keeps a column does not keep others that are of no use.
-        return numbers[place] if whole.all() else numbers[place].copy()
+        found: Floats = numbers[place]
+        return found if whole.all() else found.copy()
 
     @cached_property
     def _read(self) -> tuple[Keys, Bools, Floats, Bools]:
