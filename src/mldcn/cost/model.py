@@ -58,6 +58,15 @@ def model_cost(config: ModelConfig, schema: Schema, layout: EncodedLayout) -> Mo
         config: the model.
         schema: the log's schema.
         layout: what the columns of its encoded rows are, and how many rows each table has.
+
+    Example:
+        >>> from mldcn.config import ModelConfig
+        >>> from mldcn.cost import log_layout, plain_schema
+        >>> schema = plain_schema(fields=26)
+        >>> layout, _ = log_layout(schema, rows=1_000_000)
+        >>> cost = model_cost(ModelConfig(interaction={"name": "dcnv2"}), schema, layout)
+        >>> cost.example["interaction"].gemm, cost.parameters["interaction"], cost.table_parameters
+        (1038336, 520416, 416000000)
     """
     with meta():
         model = Ranker(config, schema, layout).eval()

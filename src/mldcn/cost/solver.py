@@ -92,7 +92,7 @@ def solve(
                 if finer and abs(best[0].residual) <= good:
                     break
     if abs(best[0].residual) > tolerance:
-        raise UserError(_refusal([dial.name for dial in dials], best[0], budget, tolerance, what))
+        raise UserError(_refusal(dials, best[0], budget, tolerance, what))
     return best[0]
 
 
@@ -100,13 +100,18 @@ def _miss(found: Found[Any]) -> float:
     return abs(found.residual)
 
 
-def _refusal(names: list[str], nearest: Found[Any], budget: float, tolerance: float, what: str) -> str:
+def _refusal(
+    dials: Sequence[Dial[Any]], nearest: Found[Any], budget: float, tolerance: float, what: str
+) -> str:
+    names = [dial.name for dial in dials]
     settings = ", ".join(f"{name} {value}" for name, value in nearest.settings.items()) or "as it is"
     problem = f"no {' and '.join(names)} comes" if names else "there is no width to turn that comes"
     number = ",.0f" if budget >= 100 else ",.4g"
+    bounded = [dial.name for dial in dials[1:] if not dial.free]
+    bound = f", {' and '.join(bounded)} turned by at most {FINER_RANGE} times" if bounded else ""
     return (
         f"{problem} within {tolerance:.1%} of {budget:{number}} {what}; the nearest, {settings}, has "
-        f"{nearest.cost:{number}} ({nearest.residual:+.1%})"
+        f"{nearest.cost:{number}} ({nearest.residual:+.1%}){bound}"
     )
 
 
