@@ -39,8 +39,10 @@ def test_a_small_model_by_hand():
     assert cost.bytes_read(64) == 96 + 4 * 304 / 64
 
 
-@pytest.mark.parametrize("structure", ["stacked", "parallel"])
-@pytest.mark.parametrize("name", interactions.names())
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [*((name, "stacked") for name in interactions.names()), ("mldcn", "parallel"), ("mmoe", "parallel")],
+)
 def test_every_architecture_in_a_model(name, structure):
     """Side inputs, heads of several tasks and every kind of feature are in it."""
     schema, layout = rich()
