@@ -9,8 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import csv
-import hashlib
-import io
 import math
 import re
 import time
@@ -20,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +27,9 @@ import pyarrow.csv as arrow_csv
 from numpy.typing import NDArray
 
 from mldcn.config import DataConfig
-from mldcn.data.located import Located, NotPlainError, Wanted, locate, without_header
+from mldcn.data.located import Located, Wanted, locate, without_header
 from mldcn.data.rejects import Reject
+from mldcn.data.text_bytes import Counted, chunks_of, decompressed, records
 from mldcn.errors import UserError
 
 # What is read at a time; a row may be as long as this.
@@ -40,7 +39,6 @@ _SETTLING_SECONDS = 0.5
 # What is decompressed at a time.
 _STEP_BYTES = 32 << 10
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # A byte that is not UTF-8 goes through the parser as this noncharacter and two hexadecimal digits.
 _MARK = "\ufdd0"
@@ -82,7 +80,7 @@ class TextLog:
         self._data = data
         self._delimiter = delimiter
         self._digesting = digesting
-        self._counted: _Counted | None = None
+        self._counted: Counted | None = None
 
     @property
     def bytes_done(self) -> int:
@@ -109,7 +107,7 @@ class TextLog:
             return list(self._data.column_names)
         with path.open("rb") as raw:
             try:
-                first = next(_records(_decompressed(raw), self._delimiter), None)
+                first = next(records(decompressed(raw), self._delimiter), None)
             except (OSError, csv.Error, ValueError) as error:
                 raise UserError(
                     f"{path}: its header cannot be read ({error}); write the file again"
@@ -125,7 +123,7 @@ class TextLog:
             raise UserError(f"{self._path}: is empty; remove it from the data's files or write it again")
         with self._path.open("rb") as raw:
             try:
-                start = _decompressed(raw).read(200)
+                start = decompressed(raw).read(200)
             except OSError as error:
                 raise self._cut(0, error) from None
         if start.startswith(_UTF16) or start.count(b"\0") * 4 > len(start):
@@ -154,8 +152,8 @@ class TextLog:
         single, numeric = (tuple(name for name in wanted if name in some) for some in (ids, numbers))
         what = Wanted(names, tuple(wanted), single, numeric, data.missing)
         with self._path.open("rb") as raw:
-            self._counted = _Counted(raw, self._digesting)
-            chunks = _chunks(_decompressed(raw, self._counted))
+            self._counted = Counted(raw, self._digesting)
+            chunks = chunks_of(decompressed(raw, self._counted), READ_BYTES)
             rows = without_header(chunks, names if data.header else None, self._delimiter)
             yield from locate(rows, what, self._delimiter, data.block_rows, block_bytes)
 
@@ -187,10 +185,10 @@ class TextLog:
         names = self.names()
         lines = _Lines(str(self._path), names, self._data, self._delimiter)
         with self._path.open("rb") as raw:
-            self._counted = _Counted(raw, self._digesting)
+            self._counted = Counted(raw, self._digesting)
             try:
                 source = _Source(
-                    _decompressed(raw, self._counted), (_END + self._delimiter * len(names)).encode()
+                    decompressed(raw, self._counted), (_END + self._delimiter * len(names)).encode()
                 )
                 _UNFINISHED.add(source)
                 for batch in self._batches(source, wanted, numbers, lines):
@@ -448,78 +446,3 @@ def _whole(chunk: bytes) -> int:
 def _unmarked(text: str) -> str:
     """A text with the bytes that are not UTF-8 in hexadecimal."""
     return _MARKED.sub(r"\\x\1", text)
-
-
-class _Counted(io.RawIOBase):
-    """A file that counts what is read from it, and digests it if asked."""
-
-    def __init__(self, raw: BinaryIO, digesting: bool) -> None:
-        self._raw = raw
-        self._digesting = digesting
-        self.bytes = 0
-        self.digest = hashlib.sha256()
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        chunk = self._raw.read(size)
-        self.bytes += len(chunk)
-        if self._digesting:
-            self.digest.update(chunk)
-        return chunk
-
-
-def _decompressed(raw: BinaryIO, source: Any = None) -> Any:
-    """A binary stream of the file's content; the compression is told by its first bytes."""
-    head = raw.read(4)
-    raw.seek(0)
-    for magic, compression in _COMPRESSED.items():
-        if head.startswith(magic):
-            return pa.CompressedInputStream(pa.PythonFile(source or raw, mode="r"), compression)
-    return source or raw
-
-
-def _chunks(stream: Any) -> Iterator[bytes]:
-    """A text, some at a time; blank lines at its end are left out, and its last line has an end."""
-    held = b""
-    while chunk := _filled(stream):
-        if held:
-            yield held
-        held = chunk
-    if held:
-        yield held.rstrip(b"\n") + b"\n"
-
-
-def _filled(stream: Any) -> bytes:
-    parts: list[bytes] = []
-    wanted = READ_BYTES
-    try:
-        while wanted and (part := stream.read(wanted)):
-            parts.append(part)
-            wanted -= len(part)
-    except OSError:
-        raise NotPlainError from None
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _records(stream: Any, delimiter: str) -> Iterator[list[str]]:
-    """The records of a text log, slowly; bytes that are not UTF-8 become lone surrogates."""
-    readable = io.BufferedReader(_Readable(stream))
-    text = io.TextIOWrapper(readable, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    return (record for record in csv.reader(text, delimiter=delimiter) if record)
-
-
-class _Readable(io.RawIOBase):
-    """Gives an Arrow stream the interface of Python's buffered readers."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        chunk = self._stream.read(len(buffer))
-        buffer[: len(chunk)] = chunk
-        return len(chunk)
