@@ -1,0 +1,189 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mldcn.errors import UserError
+from mldcn.study.polynomial_targets import TARGETS, Target
+from mldcn.study.polynomials import (
+    Fit,
+    Lbfgs,
+    PolynomialRecipe,
+    Predictor,
+    Rival,
+    fit_model,
+    load_polynomials,
+    plan,
+    run_polynomials,
+)
+
+SMALL = {
+    "kind": "polynomials",
+    "title": "small",
+    "seeds": [0, 1],
+    "tables": {
+        "second": {
+            "title": "f2",
+            "targets": ["f2"],
+            "optimiser": {"name": "lbfgs", "rows": 200, "iterations": 120, "restarts": 2},
+            "dtype": "float64",
+            "rivals": {
+                "dcn": {"title": "DCN", "interaction": {}, "cross": "rank_one", "paper": {"f2": [0.1]}},
+                "dcnv2": {"title": "DCN-V2", "interaction": {"name": "dcnv2"}},
+            },
+        },
+        "third": {
+            "title": "order 3",
+            "targets": ["order3"],
+            "layers": [1, 2],
+            "optimiser": {"name": "adam", "steps": 3, "batch_size": 8, "lr": 0.01},
+            "dtype": "float32",
+            "rivals": {
+                "dcnv2": {"title": "DCN-V2", "interaction": {"name": "dcnv2"}},
+                "dnn": {
+                    "title": "DNN",
+                    "interaction": {"name": "dnn", "hidden": [1]},
+                    "depth": "hidden",
+                    "match": "hidden",
+                },
+            },
+        },
+    },
+}
+
+
+def recipe(tmp_path, content=SMALL):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return load_polynomials(path)
+
+
+def target(name, seed=0):
+    return TARGETS[name](torch.Generator().manual_seed(seed))
+
+
+def rival(**options):
+    return Rival(title="x", interaction={}, **options)
+
+
+def test_a_study_reports_runs_once_and_goes_on(tmp_path):
+    said = []
+    cells = run_polynomials(recipe(tmp_path), tmp_path / "out", say=said.append)
+    assert said[0] == "12 runs, 0 finished before"
+    dcn, dcnv2 = cells[:2]
+    assert dcnv2["mean_rmse"] < 1e-13  # a full W fits any quadratic form
+    assert dcn["mean_rmse"] > 0.1  # the form has rank 3, and 1 w^T gives rank 2 at most
+    assert (dcn["parameters"], dcnv2["parameters"], dcn["paper"]) == (9, 15, 0.1)  # the paper's sizes
+    assert dcn["rmse"][0] != dcn["rmse"][1]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "DCN-V2" in text
+    assert "2 layers" in text
+    assert (tmp_path / "out" / "results.html").exists()
+    first = (tmp_path / "out" / "results.json").read_text()
+    assert json.loads(first) == cells
+
+    lost = tmp_path / "out" / "runs" / "third" / "order3" / "dnn" / "2-1.json"
+    lost.unlink()
+    again = []
+    run_polynomials(recipe(tmp_path), tmp_path / "out", say=again.append)
+    assert again[0] == "12 runs, 11 finished before"
+    assert len(again) == 2
+    assert (tmp_path / "out" / "results.json").read_text() == first  # the same numbers by the same seeds
+
+    changed = json.loads(json.dumps(SMALL))
+    changed["tables"]["third"]["optimiser"]["lr"] = 0.02
+    with pytest.raises(UserError, match="of another recipe"):
+        run_polynomials(recipe(tmp_path, changed), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tilte": "x"}, "tilte"),
+        ({"tables": {}}, "tables"),
+        ({"tables": {"a": {**SMALL["tables"]["second"], "reference": "mldcn"}}}, "none of the rivals"),
+        ({"tables": {"a": {**SMALL["tables"]["second"], "targets": ["f9"]}}}, "targets"),
+        ({"tables": {"a": {**SMALL["tables"]["second"], "optimiser": {"name": "sgd"}}}}, "optimiser"),
+    ],
+)
+def test_a_recipe_is_strict(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        recipe(tmp_path, {**SMALL, **change})
+
+
+def test_recipes_of_other_kinds_are_left_to_others(tmp_path):
+    assert recipe(tmp_path, {"title": "x", "dataset": "pinads"}) is None
+
+
+def test_targets_by_hand():
+    x = torch.tensor([[0.5, -1.0, 0.25]])
+    assert target("f2").function(x).item() == pytest.approx(0.25 - 0.05 - 0.25 + 0.00625)
+    x = torch.tensor([[0.5, -1.0, 0.25, 1.0]])
+    assert target("f1").function(x).item() == pytest.approx(0.5 * 0.75)
+    f3 = target("f3")
+    x = torch.rand(5, 100, dtype=torch.float64)
+    torch.testing.assert_close(f3.function(3 * x), 9 * f3.function(x))  # homogeneous of order 2
+    assert not torch.equal(f3.function(x), target("f3", seed=1).function(x))
+    for order in (3, 4):
+        polynomial = target(f"order{order}").function
+        x = torch.rand(5, 50, dtype=torch.float64)
+        torch.testing.assert_close(polynomial(2 * x), 2**order * polynomial(x))
+    # The same rows again, so that what differs is the noise.
+    combined = target("combined")
+    x, y = combined.draw(50_000, torch.Generator().manual_seed(1), torch.float64)
+    assert (y - combined.function(x)).std().item() == pytest.approx(0.01, rel=0.02)
+
+
+def test_cross_layers_taken_apart():
+    x = torch.rand(4, 3, dtype=torch.float64)
+    for kind, size in (("bare", 2 * 9 + 3), ("bias", 2 * 9 + 2 * 3 + 3), ("rank_one", 2 * 3 + 2 * 3 + 3)):
+        model = Predictor(rival(cross=kind), 3, 2).double()
+        assert model.size == size
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.rand_like(parameter) * parameter.requires_grad
+            out = x
+            for linear, bias in zip(model.interaction.linears, model.interaction.biases, strict=True):
+                weight = linear.weight.expand(3, 3)
+                crossed = x * (out @ weight.T + bias)
+                out = crossed + out if kind == "rank_one" else crossed
+            torch.testing.assert_close(model(x), out @ model.head.weight[0])
+        if kind == "bare":  # homogeneous: two layers are of order 3
+            torch.testing.assert_close(model(2 * x), 8 * model(x))
+
+
+def test_widths_are_matched_to_the_reference(tmp_path):
+    study = recipe(tmp_path)
+    fits = plan(study, "third", study.tables["third"], tmp_path)
+    hidden = {fit.layers: fit.rival.interaction["hidden"] for fit in fits if fit.name == "dnn"}
+    assert hidden == {1: [50], 2: [50]}  # a DNN as wide as the input is as large as DCN-V2
+    for layers in (1, 2):
+        one, other = (fit for fit in fits if fit.layers == layers and fit.seed == 0)
+        assert Predictor(one.rival, 50, layers).size == Predictor(other.rival, 50, layers).size
+
+
+def test_mldcn_fits_order_three_with_one_layer(tmp_path, monkeypatch):
+    """Its mask multiplies its projection, so that one layer is a cubic; one layer of DCN-V2 is a quadratic."""
+    monkeypatch.setitem(TARGETS, "cubic", lambda generator: Target(4, lambda x: x[:, 0] * x[:, 1] * x[:, 2]))
+    table = PolynomialRecipe.model_validate_json(json.dumps(SMALL)).tables["second"]
+    options = Lbfgs(name="lbfgs", rows=300, iterations=150, restarts=3)
+    errors = {}
+    for name, interaction in (
+        ("mldcn", {"name": "mldcn", "norm": "none", "activation": "identity", "rank": 1, "mask_ratio": 1.0}),
+        ("dcnv2", {"name": "dcnv2"}),
+    ):
+        model = Rival(title=name, interaction=interaction, optimiser=options)
+        fit = Fit("cubic", 1, 0, name, model, table, tmp_path / "none")
+        errors[name] = fit_model(fit)["rmse"]
+    assert errors["mldcn"] < 1e-6
+    assert errors["dcnv2"] > 0.05
+
+
+def test_the_repository_s_recipe_is_valid():
+    study = load_polynomials(Path(__file__).parents[2] / "recipes" / "dcnv2_section6.yaml")
+    assert study is not None
+    for key, table in study.tables.items():
+        shallow = table.model_copy(update={"layers": table.layers[:1], "targets": table.targets[:1]})
+        assert len(plan(study, key, shallow, Path("nowhere"))) == len(table.rivals) * len(study.seeds)
