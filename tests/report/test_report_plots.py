@@ -15,6 +15,8 @@ from mldcn.report import plots
 from mldcn.report.labels import Spot, place_labels
 from mldcn.report.plots import Curve, Point, Reliability
 from mldcn.report.style import PALETTE, drawing, new_figure, save, to_svg
+from mldcn.report.text import number
+from mldcn.report.trends import Mark, Stack, Trend, stacks, trends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,11 +39,19 @@ def draw(kind: str, names: list[str]) -> Figure:
         return plots.intervals(points, x_label="AUC", attainable=0.75)
     if kind == "cost":
         return plots.against_cost(points, y_label="AUC", x_label="FLOPs")
+    if kind == "trends":
+        lines = [
+            Trend(n, [Mark(5e4 * 9**k, 0.001 * k, 0.0005 * k, 0.002 * k) for k in range(3)], i)
+            for i, n in enumerate(names)
+        ]
+        return trends(lines, y_label="AUC gain", x_label="FLOPs", apart=True)
+    if kind == "stacks":
+        return stacks([Stack(n, [3e5, 1e5 + i]) for i, n in enumerate(names)], parts=["a", "b"], x_label="n")
     bins = [Reliability(n, [0.002, 0.02, 0.2], [0.0, 0.03, 0.2], [9, 5, 1], i) for i, n in enumerate(names)]
     return plots.reliability(bins)
 
 
-KINDS = ["curves", "intervals", "cost", "reliability"]
+KINDS = ["curves", "intervals", "cost", "reliability", "trends", "stacks"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,3 +200,77 @@ def test_save_writes_svg_and_png(tmp_path: Path) -> None:
 def test_importing_reports_costs_no_matplotlib() -> None:
     code = "import sys, mldcn.report; sys.exit(int('matplotlib' in sys.modules or 'torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_marks_at_one_place_are_drawn_side_by_side_at_their_own_heights() -> None:
+    def crosses(apart: bool) -> list[tuple[float, float]]:
+        lines = [Trend(name, [Mark(1e5, 0.001 * i), Mark(1e6, 0.002)], i) for i, name in enumerate("abc")]
+        figure = trends(lines, y_label="y", x_label="x", apart=apart)
+        (axes,) = figure.axes
+        figure.draw_without_rendering()
+        found = [line for line in axes.lines if line.get_marker() != "None" and len(line.get_xdata()) == 2]
+        return [tuple(line.get_transform().transform((1e5, 0.0))) for line in found]
+
+    together, side_by_side = crosses(apart=False), crosses(apart=True)
+    assert len({round(x, 3) for x, _ in together}) == 1
+    assert [x - side_by_side[1][0] for x, _ in side_by_side] == pytest.approx([-5, 0, 5])
+    assert len({round(y, 3) for _, y in side_by_side}) == 1
+
+
+def test_error_bars_lie_within_the_axes() -> None:
+    figure = trends(
+        [Trend("a", [Mark(1e5, 0.0, -0.9, 0.9), Mark(1e6, 0.1, math.nan, 0.2), Mark(1e6, 0.1, None, None)])],
+        y_label="y",
+        x_label="x",
+    )
+    low, high = figure.axes[0].get_ylim()
+    assert low < -0.9
+    assert high > 0.9
+
+
+@pytest.mark.parametrize(("far", "kind"), [(1e6, "log"), (1.1e5, "linear")])
+def test_a_wide_range_of_costs_is_drawn_by_ratio(far: float, kind: str) -> None:
+    figure = trends([Trend("a", [Mark(1e5, 0.0), Mark(far, 0.1)])], y_label="y", x_label="x")
+    assert figure.axes[0].get_xscale() == kind
+    assert len(figure.axes[0].get_xticks()) >= 2
+
+
+def test_what_cannot_be_drawn_by_ratio_is_left_out() -> None:
+    figure = trends(
+        [
+            Trend(
+                "a",
+                [Mark(0.0, 0.1), Mark(math.inf, 0.1), Mark(1e5, math.nan), Mark(1e5, 0.2), Mark(9e5, 0.3)],
+            )
+        ],
+        y_label="y",
+        x_label="x",
+    )
+    (line,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert list(line.get_xdata()) == [1e5, 9e5]
+
+
+def test_places_can_have_names() -> None:
+    figure = trends(
+        [Trend("a", [Mark(0.0, 0.1), Mark(1.0, 0.2)])],
+        y_label="y",
+        x_label="mask",
+        log=False,
+        names=("none", "full"),
+    )
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["none", "full"]
+
+
+def test_parts_of_a_bar_lie_one_after_another_with_the_sum_beside() -> None:
+    figure = stacks([Stack("a", [3e5, 1e5]), Stack("b", [1e5, 0])], parts=["deep", "heads"], x_label="FLOPs")
+    (axes,) = figure.axes
+    bars = [
+        (patch.get_x(), patch.get_width(), round(patch.get_y() + patch.get_height() / 2))
+        for patch in axes.patches
+    ]
+    assert bars == [(0, 3e5, 1), (0, 1e5, 0), (3e5, 1e5, 1), (1e5, 0, 0)]  # the first row is at the top
+    assert {text.get_text() for text in axes.texts} == {"400k", "100k"}
+
+
+def test_a_gain_of_nothing_has_no_sign() -> None:
+    assert [number(value, "signed") for value in (0.0, -1e-19, 0.0012, -0.5)] == ["0", "0", "+0.0012", "−0.5"]

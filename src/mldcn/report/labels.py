@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mldcn.report.style import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _RADII = (9.0, 15.0, 23.0, 33.0, 45.0, 60.0, 80.0, 105.0, 135.0)
 _ANGLES = 16
@@ -100,33 +104,48 @@ def _arrange(
     frame: Box,
 ) -> list[Box]:
     """Greedy, the topmost point first, then some passes of repair."""
-    boxes: list[Box | None] = [None] * len(points)
+    places = [_candidates(point, size) for point, size in zip(points, sizes, strict=True)]
+    # What does not change with the other names: distance, points that are covered, what lies outside.
+    fixed = [
+        radii + 8 * _overlaps(boxes, _corners(marks)).sum(1) + 30 * _outside(boxes, frame)
+        for radii, boxes in places
+    ]
+    chosen: list[int | None] = [None] * len(points)
     order = sorted(range(len(points)), key=lambda i: (-points[i][1], points[i][0]))
     for _ in range(_PASSES):
         for i in order:
-            others = [box for j, box in enumerate(boxes) if box is not None and j != i]
-            boxes[i] = min(_candidates(points[i], sizes[i]), key=lambda c: _cost(c, others, marks, frame))[1]
-    return [box for box in boxes if box is not None]
+            others = [places[j][1][k] for j, k in enumerate(chosen) if k is not None and j != i]
+            upon_names = _overlaps(places[i][1], np.reshape(others, (-1, 4))).sum(1)
+            chosen[i] = int(np.argmin(fixed[i] + 20 * upon_names))
+    corners = [places[i][1][k] for i, k in enumerate(chosen) if k is not None]
+    return [Box(left, bottom, right - left, top - bottom) for left, bottom, right, top in np.asarray(corners)]
 
 
-def _candidates(point: tuple[float, float], size: tuple[float, float]) -> list[tuple[float, Box]]:
-    """Places around a point with their distances; the right of it comes first."""
+def _candidates(point: tuple[float, float], size: tuple[float, float]) -> tuple[Array, Array]:
+    """Distances of places around a point, and their corners ``(n, 4)``; the right of it comes first."""
     width, height = size
-    found = []
-    for radius in _RADII:
-        for k in range(_ANGLES):
-            angle = 2 * math.pi * k / _ANGLES
-            dx, dy = math.cos(angle), math.sin(angle)
-            # The box's nearest edge, not its middle, lies at the radius.
-            x = point[0] + radius * dx + width / 2 * (1 if dx > 0.01 else -1 if dx < -0.01 else 0)
-            y = point[1] + radius * dy + height / 2 * (1 if dy > 0.4 else -1 if dy < -0.4 else 0)
-            found.append((radius, Box(x - width / 2, y - height / 2, width, height)))
-    return found
+    radii = np.repeat(_RADII, _ANGLES)
+    angles = np.tile(2 * np.pi * np.arange(_ANGLES) / _ANGLES, len(_RADII))
+    dx, dy = np.cos(angles), np.sin(angles)
+    # The box's nearest edge, not its middle, lies at the radius.
+    x = point[0] + radii * dx + width / 2 * (np.sign(dx) * (np.abs(dx) > 0.01))
+    y = point[1] + radii * dy + height / 2 * (np.sign(dy) * (np.abs(dy) > 0.4))
+    return radii, np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=1)
 
 
-def _cost(candidate: tuple[float, Box], others: Sequence[Box], marks: Sequence[Box], frame: Box) -> float:
-    radius, box = candidate
-    outside = box.width * box.height - box.overlap(frame)
-    upon_names = sum(box.overlap(other) for other in others)
-    upon_points = sum(box.overlap(mark) for mark in marks)
-    return 20 * upon_names + 8 * upon_points + 30 * outside + radius
+def _corners(boxes: Sequence[Box]) -> Array:
+    rows = [(box.left, box.bottom, box.left + box.width, box.bottom + box.height) for box in boxes]
+    return np.reshape(np.asarray(rows, dtype=np.float64), (-1, 4))
+
+
+def _overlaps(a: Array, b: Array) -> Array:
+    """The areas that boxes of ``a`` and of ``b`` share, ``(len(a), len(b))``."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared: Array = np.clip(high - low, 0, None).prod(axis=2)
+    return shared
+
+
+def _outside(boxes: Array, frame: Box) -> Array:
+    areas: Array = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return areas - _overlaps(boxes, _corners([frame]))[:, 0]

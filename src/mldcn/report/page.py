@@ -83,9 +83,9 @@ class Page:
         write_text(Path(path), self.to_html())
         return Path(path)
 
-    def write_files(self, folder: str | Path) -> list[Path]:
-        """Writes the page as ``report.md`` with its tables as CSV and its pictures as SVG beside it."""
-        texts = {"report.md": self.to_markdown()}
+    def write_files(self, folder: str | Path, name: str = "report") -> list[Path]:
+        """Writes the page as ``<name>.md`` with its tables as CSV and its pictures as SVG beside it."""
+        texts = {f"{name}.md": self.to_markdown()}
         texts |= {f"{name}.csv": table.csv() for name, table in _named(self.tables)}
         texts |= {f"{figure.name}.svg": figure.svg + "\n" for figure in self.figures}
         paths = [Path(folder) / name for name in texts]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mldcn.report.axes import Array, finite, house_axes, legend, scale
 from mldcn.report.labels import Spot, place_labels
 from mldcn.report.style import INK, colour, dash, drawing, marker, new_figure, save, to_svg
 from mldcn.report.text import known, number, shorten
@@ -31,7 +32,6 @@ __all__ = [
     "to_svg",
 ]
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 _NAME = 24  # characters of a name that a plot has room for
 
 
@@ -83,13 +83,13 @@ def curves(
         wide = any(len(curve.label) > 20 for curve in series)
         rows = 0 if len(series) < 2 else len(series) if wide else (len(series) + 1) // 2
         figure = new_figure(270 + 20 * rows)
-        axes = _axes(figure.add_subplot(), y_label)
+        axes = house_axes(figure.add_subplot(), y_label)
         axes.set_xlabel(x_label)
-        _scale(axes, "x", number_format="tick")
-        _scale(axes, "y")
+        scale(axes, "x", number_format="tick")
+        scale(axes, "y")
         lines = []
         for curve in series:
-            x, y = _finite(curve.steps, curve.values)
+            x, y = finite(curve.steps, curve.values)
             style: dict[str, Any] = {"color": colour(curve.style), "linestyle": dash(curve.style)}
             lines += axes.plot(x, y, marker=marker(curve.style) if len(x) == 1 else "", **style)
             if best and len(x) > 1:
@@ -97,26 +97,31 @@ def curves(
                 axes.plot(x[at], y[at], marker(curve.style), color=colour(curve.style), markersize=8)
         _zoom_on_end(axes, series)
         if len(series) > 1:
-            _legend(figure, lines, [curve.label for curve in series], columns=1 if wide else 2)
+            legend(figure, lines, [curve.label for curve in series], columns=1 if wide else 2)
     return figure
 
 
-def intervals(points: Sequence[Point], *, x_label: str, attainable: float | None = None) -> Figure:
+def intervals(
+    points: Sequence[Point], *, x_label: str, attainable: float | None = None, zero: bool = False
+) -> Figure:
     """Values with their intervals, the largest at the top.
 
     Args:
         points: a row each; one whose value is not finite is left out.
         x_label: below the horizontal axis.
         attainable: the value that no model can pass, where it is known: a dashed line.
+        zero: whether a line marks 0 (no difference).
     """
     with drawing():
         points = sorted((p for p in points if known(p.value)), key=lambda p: p.value)
         figure = new_figure(86 + 27 * max(len(points), 2))
-        axes = _axes(figure.add_subplot(), "")
+        axes = house_axes(figure.add_subplot(), "")
         axes.set_xlabel(x_label)
-        _scale(axes, "x")
+        scale(axes, "x")
         axes.grid(axis="x", color=INK, alpha=0.13)
         axes.grid(visible=False, axis="y")
+        if zero:
+            axes.axvline(0, color=INK, linewidth=1.1, alpha=0.75)
         for row, point in enumerate(points):
             if known(point.low) and known(point.high):
                 axes.plot(
@@ -144,7 +149,7 @@ def against_cost(points: Sequence[Point], *, y_label: str, x_label: str) -> Figu
     with drawing():
         points = [p for p in points if known(p.value) and known(p.cost) and p.cost and p.cost > 0]
         figure = new_figure(270 + 12 * min(len(points), 16))
-        axes = _axes(figure.add_subplot(), y_label)
+        axes = house_axes(figure.add_subplot(), y_label)
         axes.set_xlabel(x_label)
         if not points:
             return figure
@@ -157,8 +162,8 @@ def against_cost(points: Sequence[Point], *, y_label: str, x_label: str) -> Figu
         axes.set_xlim(middle / reach, middle * reach)
         pad = 0.12 * (max(ends) - min(ends)) or 0.01
         axes.set_ylim(min(ends) - pad, max(ends) + pad)
-        _scale(axes, "x", number_format="tick", log=True)
-        _scale(axes, "y")
+        scale(axes, "x", number_format="tick", log=True)
+        scale(axes, "y")
         for point in points:
             if known(point.low) and known(point.high):
                 axes.plot(
@@ -201,7 +206,7 @@ def reliability(series: Sequence[Reliability], *, many: int = 3) -> Figure:
         axes.set_xlabel("predicted probability")
         handles = [_draw_bins(axes, model, low, log=log) for model in series]
         if len(series) > 1:
-            _legend(figure, handles, [model.label for model in series], columns=1)
+            legend(figure, handles, [model.label for model in series], columns=1)
     return figure
 
 
@@ -223,7 +228,7 @@ def _small_reliability_plots(series: Sequence[Reliability], low: float, high: fl
 
 
 def _draw_bins(axes: Any, model: Reliability, low: float, *, log: bool) -> Any:
-    predicted, observed, weight = _finite(model.predicted, model.observed, model.weight)
+    predicted, observed, weight = finite(model.predicted, model.observed, model.weight)
     heaviest = float(weight.max()) if weight.size else 0.0
     area = 12 + 110 * np.clip(weight, 0, None) / heaviest if heaviest > 0 else np.full(weight.size, 30.0)
     none = (observed <= 0) if log else np.zeros(observed.size, dtype=np.bool_)
@@ -256,7 +261,7 @@ def _zoom_on_end(axes: Any, series: Sequence[Curve]) -> None:
 
 
 def _reliability_axes(axes: Any, title: str, low: float, high: float, *, log: bool) -> Any:
-    _axes(axes, title)
+    house_axes(axes, title)
     axes.plot([low, high], [low, high], color=INK, linestyle=(0, (4, 3)), linewidth=1, alpha=0.7)
     if log:
         axes.set_xscale("log")
@@ -264,13 +269,13 @@ def _reliability_axes(axes: Any, title: str, low: float, high: float, *, log: bo
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     for which in ("x", "y"):
-        _scale(axes, which, number_format=".3g", log=log)
+        scale(axes, which, number_format=".3g", log=log)
     return axes
 
 
 def _probability_range(series: Sequence[Reliability]) -> tuple[float, float, bool]:
     """Common limits of both axes, and whether they are logarithmic."""
-    bins = [_finite(model.predicted, model.observed) for model in series]
+    bins = [finite(model.predicted, model.observed) for model in series]
     predicted: Array = np.concatenate([p for p, _ in bins] or [np.zeros(0)])
     observed: Array = np.concatenate([o for _, o in bins] or [np.zeros(0)])
     if not predicted.size:
@@ -281,52 +286,3 @@ def _probability_range(series: Sequence[Reliability]) -> tuple[float, float, boo
         positive = np.concatenate([predicted, observed[observed > 0]])
         return float(positive.min()) / 1.4, min(top * 1.4, 1.0), True
     return 0.0, min(top * 1.06, 1.0), False
-
-
-def _axes(axes: Any, title: str) -> Any:
-    """The house's axes. What the vertical one shows stands above it, where a phone can show it unturned."""
-    axes.grid(color=INK, alpha=0.13)
-    axes.tick_params(length=3, width=0.8)
-    if title:
-        axes.set_title(title, loc="left", pad=8)
-    return axes
-
-
-def _scale(axes: Any, which: str, *, number_format: str = "", log: bool = False) -> None:
-    """Ticks with plain numbers: neither an offset nor a power of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
-
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    if log:
-        low, high = axis.get_view_interval()
-        decades = math.log10(high / low)
-        subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.6 else (1.0, 2.0, 5.0)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-        axis.set_minor_locator(NullLocator())
-    else:
-        axis.set_major_locator(MaxNLocator(nbins=5, min_n_ticks=3))
-    if number_format:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(value), number_format)))
-    else:
-        axis.set_major_formatter(ScalarFormatter(useOffset=False))
-
-
-def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], *, columns: int) -> None:
-    # Given to ``legend`` itself, a name that begins with an underscore would be left out.
-    legend = figure.legend(
-        handles,
-        ["."] * len(handles),
-        loc="outside lower left",
-        ncols=columns,
-        frameon=False,
-        handlelength=2.6,
-    )
-    width = 44 if columns == 1 else 20
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(shorten(name, width))
-
-
-def _finite(*columns: Sequence[float]) -> list[Array]:
-    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
-    keep = np.logical_and.reduce([np.isfinite(array) for array in arrays])
-    return [array[keep] for array in arrays]

@@ -47,7 +47,8 @@ def number(value: float | int | None, spec: str = "") -> str:
     Args:
         value: what to show; None and NaN are shown as a dash.
         spec: a Python format; ``si`` (131k, 4.40M), ``tick`` (the same, 4.4M), ``duration`` (2 min 5 s), ``p`` (a
-            p-value) or, where it is empty, thousands separated for an integer and four digits for a float.
+            p-value), ``signed`` (+0.001, and 0) or, where it is empty, thousands separated for an integer and
+            four digits for a float.
     """
     if value is None or math.isnan(value):
         return DASH
@@ -57,6 +58,8 @@ def number(value: float | int | None, spec: str = "") -> str:
         text = _si(value, short=spec == "tick")
     elif spec == "duration":
         text = _duration(value)
+    elif spec == "signed":
+        text = f"{value:+.3g}" if abs(value) > 1e-12 else "0"
     elif spec == "p":
         text = "<0.001" if value < 0.001 else f"{value:.3f}"
     else:
