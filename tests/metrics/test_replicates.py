@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from mldcn.errors import UserError
-from mldcn.metrics import auc, cluster_bootstrap, logloss
+from mldcn.metrics import auc, cluster_bootstrap, gauc, hit_at_k, logloss
 from mldcn.metrics.replicates import (
     cluster_counts,
     cluster_sums,
@@ -20,7 +20,9 @@ from mldcn.metrics.replicates import (
     seeds_needed,
     student,
     two_sources,
+    with_ranking,
 )
+from mldcn.metrics.rows import check_rows
 
 
 def sigmoid(x):
@@ -107,13 +109,15 @@ def test_seeds_needed_is_the_first_number_that_does():
     assert seeds_needed(0.001, 0.001, rows_error=0.0005) is None  # no number of seeds makes up for the rows
 
 
-def test_two_sources_is_either_alone_and_satterthwaite_between():
-    assert two_sources(4.0, 2, 0.0, 99) == (2.0, 2.0)
+def test_two_sources_are_either_alone_and_reach_as_far_as_both_together():
+    assert two_sources(4.0, 2, 0.0, 99) == pytest.approx((2.0, 2.0))
     assert two_sources(0.0, 2, 4.0, 99) == pytest.approx((2.0, 99.0))
-    error, free = two_sources(2.0, 2, 2.0, 100)
-    assert error == 2.0
-    assert free == pytest.approx(4.0**2 / (2.0**2 / 2 + 2.0**2 / 100))
-    assert two_sources(2.0, 2, 2.0, 100, shared=1.5)[0] == pytest.approx(math.sqrt(2.5))
+    error, free = two_sources(2.0, 2, 3.0, 100)
+    assert error == pytest.approx(math.sqrt(5.0))
+    low, _, _ = student(0.0, error, free)
+    assert -low == pytest.approx(
+        math.sqrt(2.0 * stats.t.ppf(0.975, 2) ** 2 + 3.0 * stats.t.ppf(0.975, 100) ** 2)
+    )
     assert two_sources(0.0, 2, 0.0, 99)[0] == 0.0
 
 
@@ -163,6 +167,38 @@ def test_draws_of_the_sums_spread_as_the_exact_cluster_bootstrap(metric):
     assert high == pytest.approx(exact.high, abs=0.1 * width)
 
 
+@pytest.mark.parametrize("metric", ["gauc", "hit@2"])
+def test_metrics_by_group_have_sums_too(metric):
+    labels, a, b, user = make_log(4)
+    user[:40] = 0  # nobody knows whose these are
+    labels[40:60] = np.nan
+    request = np.where(user == 0, 0, 10 * user + np.arange(len(user)) % 3)
+    ids = user if metric == "gauc" else request
+    weights = np.random.default_rng(0).random(len(user)).astype(np.float32) + 0.5
+    found = []
+    for scores in (a, b):
+        rows = check_rows(labels, scores, weights)
+        found.append(with_ranking(sums_of(labels, scores, user, weights), metric, rows, ids, user))
+        known = ids != 0
+        columns = (labels[known], scores[known], ids[known])
+        whole = gauc(*columns, weights[known]) if metric == "gauc" else hit_at_k(*columns, 2, weights[known])
+        assert found[-1].value[metric] == pytest.approx(whole, rel=1e-6)
+    if metric == "gauc":
+        named = [column[ids != 0] for column in (labels, a, b, user, weights)]
+        exact = cluster_bootstrap("gauc", *named, repeats=1500, seed=1)
+        counts = cluster_counts(found[0].below["auc"] > 0, 1500)
+        deltas = found[1].drawn(counts)[metric] - found[0].drawn(counts)[metric]
+        assert np.quantile(deltas, 0.975) - np.quantile(deltas, 0.025) == pytest.approx(
+            exact.high - exact.low, rel=0.12
+        )
+
+
+def test_a_metric_by_group_without_groups_is_left_out():
+    labels, a, _, user = make_log(0, rows=200)
+    sums = sums_of(labels, a, user)
+    assert with_ranking(sums, "gauc", check_rows(labels, a), np.zeros(200, np.int64), user) is sums
+
+
 def test_many_clusters_in_few_groups_spread_alike():
     """A group is a sum of independent clusters: the variance stays what it is."""
     labels, a, b, _ = make_log(3, rows=20_000)
@@ -200,13 +236,14 @@ def simulate(generator, seeds, clusters, spread):
 
 SPREADS = {
     "seeds": (1.0, 0.0, 0.0),
+    "mostly seeds": (1.0, 2.0, 0.0),
     "rows": (0.0, 10.0, 0.0),
-    "all": (0.5, 5.0, 5.0),
+    "all": (0.7, 7.0, 7.0),
     "both": (0.0, 0.0, 10.0),
 }
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("name", SPREADS)
 def test_intervals_over_seeds_and_rows_cover_the_truth(name, seeds):
     generator = np.random.default_rng(seeds)
@@ -218,10 +255,10 @@ def test_intervals_over_seeds_and_rows_cover_the_truth(name, seeds):
         error, free = seeds_and_rows(gains.mean(axis=1), draws, clusters)
         low, high, _ = student(float(gains.mean()), error, free)
         covered += low <= 0 <= high
-    # 95 % +- 3 standard errors of 400 studies; noise of both kinds at once is counted on the safe side.
-    assert 0.915 <= covered / studies <= 1.0
+    # 95 %, less 2.5 standard errors of 400 studies; where several sources meet, errors are on the safe side.
+    assert covered / studies >= 0.923
     if name in ("seeds", "rows"):
-        assert covered / studies <= 0.985
+        assert covered / studies <= 0.98
 
 
 def test_the_standard_error_is_that_of_other_studies():

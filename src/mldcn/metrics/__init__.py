@@ -17,6 +17,7 @@ from mldcn.metrics.pointwise import (
     rig,
 )
 from mldcn.metrics.ranking import auc, gauc, hit_at_k, pr_auc
+from mldcn.metrics.replicates import holm, minimum_detectable
 from mldcn.metrics.significance import (
     Difference,
     cluster_bootstrap,
@@ -44,8 +45,10 @@ __all__ = [
     "expected_calibration_error",
     "gauc",
     "hit_at_k",
+    "holm",
     "logloss",
     "metric_info",
+    "minimum_detectable",
     "non_inferior",
     "normalised_entropy",
     "paired_logloss_test",

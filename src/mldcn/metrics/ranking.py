@@ -212,6 +212,20 @@ def group_aucs(block: GroupBlock) -> tuple[Array, Array, Array]:
     return cut.names[both], aucs[both], cut.weight[both]
 
 
+def group_hits(block: GroupBlock, k: int) -> tuple[Array, Array, Array]:
+    """Group, positives among its ``k`` highest scores, and weight of each group of a block."""
+    if not len(block.groups):
+        return block.groups, np.empty(0), np.empty(0)
+    cut = _cut(block)
+    return cut.names, _top(cut, _above(cut.size, cut), k)[1], cut.weight / cut.rows
+
+
+def _top(cut: _Cut, above: Array, k: int) -> tuple[Array, Array]:
+    """How many of each tie's rows are in the top ``k``, and how many positives of each group, on average."""
+    slots = np.clip(k - above, 0, cut.size)
+    return slots, np.add.reduceat(cut.hits * slots / cut.size, cut.first)
+
+
 class GroupSums:
     """GAUC and HIT@k from blocks of whole groups, without a loop over groups."""
 
@@ -239,8 +253,7 @@ class GroupSums:
         self._sessions += float(session_weight.sum())
         above = _above(cut.size, cut)
         for k in self._hits:
-            slots = np.clip(k - above, 0, cut.size)
-            found = np.add.reduceat(cut.hits * slots / cut.size, cut.first)
+            slots, found = _top(cut, above, k)
             missed = np.multiply.reduceat(_chance_of_no_hit(cut.hits, cut.size, slots), cut.first)
             self._hits[k] += float((found * session_weight).sum())
             self._hit_sessions[k] += float(((1.0 - missed) * session_weight).sum())
