@@ -466,20 +466,54 @@ def study(
     recipe: Annotated[Path, typer.Argument(help="a recipe, as in recipes/")],
     source: Annotated[Path | None, typer.Option(help="the log, as its publisher gives it")] = None,
     out: Annotated[Path | None, typer.Option(help="folder; results/<recipe> by default")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="runs at the same time; as many as there are cores")
+    ] = None,
+    only: Annotated[list[str], typer.Option(help="RIVAL or RIVAL@BUDGET: train nothing else now")] = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and train nothing")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="write the report of what is finished so far")
+    ] = False,
 ) -> None:
-    """Trains a recipe's models at equal FLOPs and tuning effort over several seeds; goes on where it was.
+    """Trains a recipe's models at equal cost and tuning effort over several seeds; goes on where it was.
+
+    A recipe may grow by a seed, a rival, a budget or trials: only what is new is trained. Recipes of kind
+    polynomials fit models to known functions, and need no log.
 
     Example: mldcn study recipes/movielens-1m.yaml --source ml-1m --jobs 2
     """
     from mldcn.console import err
     from mldcn.console import out as screen
-    from mldcn.study import load_recipe, run_study
+    from mldcn.study import load_recipe, load_study, run_study
+    from mldcn.study.polynomials import load_polynomials, run_polynomials
+    from mldcn.study.progress import StudyProgress, results_table
+    from mldcn.study.rows import ROWS
 
     folder = out or Path("results") / recipe.stem
-    say = lambda line: err.print(line, markup=False)  # noqa: E731
-    run_study(load_recipe(recipe), source, folder, jobs=jobs, say=say)
-    screen.print((folder / "results.md").read_text(encoding="utf-8"), markup=False)
+    if polynomials := load_polynomials(recipe):
+        if source or only or dry_run or report_only:
+            raise UserError(f"{recipe} draws its own rows: it takes --out and --jobs alone")
+        say = lambda line: err.print(line, markup=False)  # noqa: E731
+        run_polynomials(polynomials, folder, jobs=jobs or 1, say=say)
+        screen.print((folder / "results.md").read_text(encoding="utf-8"), markup=False)
+        return
+    if report_only:
+        found = load_study(folder)
+    else:
+        progress = StudyProgress()
+        try:
+            found = run_study(
+                load_recipe(recipe), source, folder, jobs=jobs, only=only, dry_run=dry_run, watcher=progress
+            )
+        except KeyboardInterrupt:
+            err.print(f"stopped; the same command goes on from there ({folder})", markup=False)
+            raise typer.Exit(130) from None
+        finally:
+            progress.close()
+        if dry_run:
+            return
+    screen.print(results_table(found))
+    screen.print(f"rows: {folder / ROWS}", markup=False)
 
 
 @data_app.command("encode")

@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class DiskFullError(UserError):
     """There is no room to write a file; with room again the same command goes on."""
+
+
+class BrokeDownError(UserError):
+    """Training broke down more often than it is taken back for."""

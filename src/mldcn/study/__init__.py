@@ -2,5 +2,6 @@
 
 from mldcn.study.engine import run_study
 from mldcn.study.recipe import Recipe, load_recipe
+from mldcn.study.rows import RunRow, Study, load_study
 
-__all__ = ["Recipe", "load_recipe", "run_study"]
+__all__ = ["Recipe", "RunRow", "Study", "load_recipe", "load_study", "run_study"]

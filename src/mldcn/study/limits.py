@@ -36,6 +36,12 @@ class Limits(Strict):
     )
     broken_runs: int | None = Field(None, ge=0, description="the most final runs that may break down")
     roll_backs: int | None = Field(None, ge=0, description="the most roll-backs of all final runs together")
+    parts: int | None = Field(
+        None,
+        ge=2,
+        description="parts that the test rows are cut into, in the log's order: the AUC gain is told in each",
+    )
+    part_gain: float | None = Field(None, description="the least AUC gain in any of these parts")
     stress: tuple[str, ...] = Field(
         (), description="budgets that are there for their hardship (lr x10): they have no row of their own"
     )
@@ -47,6 +53,8 @@ class Limits(Strict):
     def _measurable(self) -> Limits:
         if self.memory_percent is not None and self.device_memory_gb is None:
             raise ValueError("memory_percent goes with device_memory_gb: of which device?")
+        if self.part_gain is not None and self.parts is None:
+            raise ValueError("part_gain goes with parts: how many?")
         if self.stress_broken_runs is not None and not self.stress:
             raise ValueError("stress_broken_runs goes with stress: at which budgets?")
         return self

@@ -19,7 +19,7 @@ from mldcn.data.batch import Batch
 from mldcn.data.pipeline import ahead
 from mldcn.data.prepare import EncodedData
 from mldcn.data.shards import EncodedRows
-from mldcn.errors import UserError
+from mldcn.errors import BrokeDownError, UserError
 from mldcn.files import checksum, locked, write_text
 from mldcn.metrics import metric_info
 from mldcn.model import Ranker, load_weights, pick_device, save_weights
@@ -105,9 +105,10 @@ def fit(
         observers: told of the progress.
 
     Raises:
-        UserError: training broke down more often than ``training.recovery`` allows, the monitored metric is not
-            measured, a calibrator has no validation rows to be fitted on, another process writes the run, or
-            the config or log is not the one that the interrupted run began with.
+        BrokeDownError: training broke down more often than ``training.recovery`` allows.
+        UserError: the monitored metric is not measured, a calibrator has no validation rows to be fitted on,
+            another process writes the run, or the config or log is not the one that the interrupted run began
+            with.
         Interrupted: Ctrl-C or SIGTERM; the newest checkpoint holds everything up to it.
     """
     with locked(run.path):
@@ -323,7 +324,7 @@ class Trainer:
         """Goes back to the last fixed checkpoint, to pass over the batch with a lower learning rate.
 
         Raises:
-            UserError: this was tried often enough.
+            BrokeDownError: this was tried often enough.
         """
         recovery = self.config.training.recovery
         batches = self._batches(trouble.batch, trouble.epoch)
@@ -332,7 +333,7 @@ class Trainer:
         tried = len(self.troubles)
         found = load_checkpoint(self.run.checkpoints, anchor=True) if tried < recovery.tries else None
         if found is None:
-            raise UserError(
+            raise BrokeDownError(
                 f"{self.run.path}: training broke down: {trouble}; {tried} roll-backs have not helped. Lower "
                 "training.optimiser.lr or table_lr, set training.optimiser.clip_norm, or mend those features"
             )
