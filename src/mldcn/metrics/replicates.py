@@ -82,7 +82,8 @@ def minimum_detectable(error: float, free: float, *, level: float = LEVEL, power
         >>> round(minimum_detectable(1.0, 1e9), 2)  # 1.96 + 0.84
         2.8
     """
-    return _noncentrality(round(min(free, _MANY), 2), level, power) * error
+    digits = 2 if free < 4 else 1 if free < 20 else 0  # worth less than 1 %; a study asks for thousands
+    return _noncentrality(round(min(free, _MANY), digits), level, power) * error
 
 
 @lru_cache(maxsize=4096)
