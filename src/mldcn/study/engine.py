@@ -110,12 +110,17 @@ def run_study(
         session = _Session(bench, jobs, _chosen(recipe, only), watcher)
         session.plan()
         if not dry_run:
-            write_text(out / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True)))
+            write_text(out / RECIPE, _dumped(recipe))
             session.train()
             session.measure()
             if recipe.limits.asked:
                 measure_slowdowns(session.study(), watcher.measuring)
         return session.study()
+
+
+def _dumped(recipe: Recipe) -> str:
+    raw = recipe.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def _chosen(recipe: Recipe, only: Sequence[str]) -> set[tuple[str, str]]:
@@ -149,7 +154,8 @@ class _Session:
         self.finals: dict[str, list[Job]] = {}
         self.untuned: dict[str, list[Job]] = {}
         self.estimates = Estimates(bench.data)
-        self.started = time.monotonic()
+        self.started = self.began = self.ended = time.monotonic()
+        self.trained: list[float] = []  # seconds of training of each run of this session
 
     # What there is to do.
 
@@ -276,6 +282,7 @@ class _Session:
     def train(self) -> None:
         """Trains everything that is left."""
         self._tell()
+        self.began = time.monotonic()
         bench = self.bench
         task = task_of(self.recipe, bench.config)
         train = Train(self.recipe, bench.out, task, bench.higher, bench.attainable)
@@ -288,6 +295,8 @@ class _Session:
 
     def _trained(self, job: Job, row: RunRow) -> None:
         del self.running[job.identity]
+        self.trained.append(row.seconds)
+        self.ended = time.monotonic()
         self._add(row)
 
     def _add(self, row: RunRow) -> None:
@@ -351,7 +360,13 @@ class _Session:
                 seconds += trials * (self.estimates.seconds(at[0], self.rows) if at else 0.0)
                 left += trials
         running = tuple(str(job) for job in self.running.values())
-        return Standing(len(self.rows), left, seconds / self.jobs, running, self.study())
+        return Standing(len(self.rows), left, seconds * self._slowness(), running, self.study())
+
+    def _slowness(self) -> float:
+        """Seconds that pass for a second of training: a run also starts and evaluates, and several run at once."""
+        if len(self.trained) < 2 * self.jobs or not sum(self.trained):
+            return 1 / self.jobs
+        return (self.ended - self.began) / sum(self.trained)
 
 
 def _model(row: RunRow) -> tuple[Any, ...]:
