@@ -199,6 +199,25 @@ def test_only_some_rivals_or_budgets_are_trained(folder, trainer):
         study(folder, only=["dnn@9k"])
 
 
+def test_a_study_killed_while_it_measures_goes_on_there(folder, trainer, monkeypatch):
+    measure = engine.Measure
+
+    def dies(batches):
+        def run(job):
+            raise Killed
+
+        return run
+
+    monkeypatch.setattr(engine, "Measure", dies)
+    with pytest.raises(Killed):
+        study(folder)
+    monkeypatch.setattr(engine, "Measure", measure)
+    found = study(folder, only=["mldcn"])
+    assert {row.rival for row in found.final if row.latency_ms is not None} == {"mldcn"}
+    assert all(row.latency_ms is not None for row in study(folder).final)
+    assert len(trainer.runs) == 8
+
+
 def test_variants_that_are_one_model_are_trained_once(folder, trainer):
     vary = {"model.interaction.num_layers": [1, 2], "model.interaction.rank": [24, 12]}
     found = study(folder, {"budgets": [], "tuning": None, "vary": vary})

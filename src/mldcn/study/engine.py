@@ -319,7 +319,8 @@ class _Session:
             if row.latency_ms is not None
         }
         jobs = {job.identity: job for rival in self.rivals if self.tuned(rival) for job in self.final(rival)}
-        todo = [jobs[row_identity(row)] for key, row in lacking.items() if key not in found]
+        wanted = [row_identity(row) for key, row in lacking.items() if key not in found]
+        todo = [jobs[identity] for identity in wanted if identity in jobs]
         left = iter(todo)
 
         def ready() -> Job | None:
