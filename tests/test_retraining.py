@@ -11,10 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from mldcn import CTRModel, cli
-from mldcn.comparison import PredictionWriter, read_predictions
+from mldcn.comparison import PredictionWriter, agreement, read_predictions
 from mldcn.errors import UserError
 from mldcn.predict import Predictor
-from mldcn.repeats import agreement
 from mldcn.run import RunFolder
 
 

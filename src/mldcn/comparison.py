@@ -1,8 +1,9 @@
-"""Two runs on the same rows: differences with intervals and p-values."""
+"""Runs on the same rows: differences of two with intervals and p-values; how far copies of one lie apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -147,7 +148,7 @@ def compare_predictions(
         raise UserError(
             f"{names[0]} and {names[1]} weigh the rows differently; train both with the same schema.weight"
         )
-    clusters, unit = _clusters(a)
+    clusters, unit = clusters_of(a["user"].to_numpy(), a["request"].to_numpy())
     found: list[tuple[str, str, Difference]] = []
     for task in common:
         labels = a[f"{LABEL}{task}"].to_numpy()
@@ -165,12 +166,88 @@ def compare_predictions(
     return Comparison(names, a.num_rows, tuple(found))
 
 
-def _clusters(table: pa.Table) -> tuple[NDArray[np.int64], str]:
-    for unit in ("user", "request"):
-        values = table[unit].to_numpy()
+def clusters_of(user: Array, request: Array) -> tuple[NDArray[np.int64], str]:
+    """Which rows are not independent of each other, ``(n,)``, and what they share: a user, else a request.
+
+    Args:
+        user: ``(n,)``, 0 where unknown.
+        request: ``(n,)``, 0 where unknown.
+
+    Returns:
+        Clusters, and ``user``, ``request`` or, where the log names neither, ``row``.
+    """
+    for unit, values in (("user", user), ("request", request)):
         unknown = values == 0
         if not unknown.all():
             # Rows whose user the log does not name stand alone: they are not one user's.
             _, codes = np.unique(values, return_inverse=True)
             return np.where(unknown, -1 - np.arange(len(values)), codes), unit
-    return np.arange(table.num_rows), "row"
+    return np.arange(len(user)), "row"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one task's predictions lie apart, over all pairs of copies and all test rows.
+
+    ``difference`` is the mean of ``|p_a - p_b|``, ``relative`` that over ``mean``, the mean prediction.
+    """
+
+    rows: int
+    mean: float
+    difference: float
+    relative: float
+
+
+def agreement(files: Sequence[Path]) -> dict[str, Agreement]:
+    """How far the predictions in some files lie apart, task by task; a batch of each is in memory at a time.
+
+    Args:
+        files: what ``PredictionWriter`` wrote, at least two.
+
+    Raises:
+        UserError: a file is damaged, or they do not hold the same rows.
+    """
+    count, rows = len(files), 0
+    total: dict[str, float] = {}
+    differences: dict[str, float] = {}
+    # Over sorted values p_0 <= ... <= p_{n-1}, the sum of all |p_i - p_j| is sum_k (2 k - n + 1) p_k.
+    factors = 2.0 * np.arange(count) - (count - 1)
+    for batches in _together(files):
+        rows += batches[0].num_rows
+        for name in batches[0].schema.names:
+            columns = [batch[name].to_numpy() for batch in batches]
+            if name.startswith(LABEL):
+                if not all(np.array_equal(column, columns[0], equal_nan=True) for column in columns):
+                    _refuse(files)
+            elif name.startswith(PROBABILITY):
+                task = name.removeprefix(PROBABILITY)
+                scores = np.sort(np.stack(columns).astype(np.float64), axis=0)
+                total[task] = total.get(task, 0.0) + float(scores.sum())
+                differences[task] = differences.get(task, 0.0) + float(factors @ scores.sum(axis=1))
+    found = {}
+    for task, value in total.items():
+        mean = value / (rows * count)
+        difference = differences[task] / (rows * count * (count - 1) / 2)
+        found[task] = Agreement(rows, mean, difference, difference / mean if mean else math.nan)
+    return found
+
+
+def _together(files: Sequence[Path]) -> Iterator[list[pa.RecordBatch]]:
+    """The files' batches, side by side. They are cut alike: the config says where."""
+    try:
+        readers = [pa.ipc.open_file(pa.memory_map(str(file))) for file in files]
+        if len({(reader.num_record_batches, reader.schema) for reader in readers}) > 1:
+            _refuse(files)
+        for i in range(readers[0].num_record_batches):
+            batches = [reader.get_batch(i) for reader in readers]
+            if len({batch.num_rows for batch in batches}) > 1:
+                _refuse(files)
+            yield batches
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{files[0].parent.parent}: a copy's {files[0].name} is damaged ({error})") from None
+
+
+def _refuse(files: Sequence[Path]) -> None:
+    raise UserError(
+        f"{files[0].parent.parent}: the copies were not tested on the same rows; train them again with --force"
+    )

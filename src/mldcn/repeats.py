@@ -8,16 +8,14 @@ the mean absolute difference of their predictions.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from mldcn.comparison import LABEL, PROBABILITY
+from mldcn.comparison import Agreement, agreement
 from mldcn.config import Config, load_config
 from mldcn.errors import UserError
 from mldcn.files import locked, write_text
@@ -42,19 +40,6 @@ class Spread:
     mean: float
     deviation: float
     values: list[float]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far one task's predictions lie apart, over all pairs of copies and all test rows.
-
-    ``difference`` is the mean of ``|p_a - p_b|``, ``relative`` that over ``mean``, the mean prediction.
-    """
-
-    rows: int
-    mean: float
-    difference: float
-    relative: float
 
 
 @dataclass(frozen=True)
@@ -194,61 +179,6 @@ def summarise(runs: Sequence[RunFolder], seeds: Sequence[int]) -> Repeats:
 
 def _spread(values: list[float]) -> Spread:
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)), values)
-
-
-def agreement(files: Sequence[Path]) -> dict[str, Agreement]:
-    """How far the predictions in some files lie apart, task by task; a batch of each is in memory at a time.
-
-    Args:
-        files: what ``PredictionWriter`` wrote, at least two.
-
-    Raises:
-        UserError: a file is damaged, or they do not hold the same rows.
-    """
-    count, rows = len(files), 0
-    total: dict[str, float] = {}
-    differences: dict[str, float] = {}
-    # Over sorted values p_0 <= ... <= p_{n-1}, the sum of all |p_i - p_j| is sum_k (2 k - n + 1) p_k.
-    factors = 2.0 * np.arange(count) - (count - 1)
-    for batches in _together(files):
-        rows += batches[0].num_rows
-        for name in batches[0].schema.names:
-            columns = [batch[name].to_numpy() for batch in batches]
-            if name.startswith(LABEL):
-                if not all(np.array_equal(column, columns[0], equal_nan=True) for column in columns):
-                    _refuse(files)
-            elif name.startswith(PROBABILITY):
-                task = name.removeprefix(PROBABILITY)
-                scores = np.sort(np.stack(columns).astype(np.float64), axis=0)
-                total[task] = total.get(task, 0.0) + float(scores.sum())
-                differences[task] = differences.get(task, 0.0) + float(factors @ scores.sum(axis=1))
-    found = {}
-    for task, value in total.items():
-        mean = value / (rows * count)
-        difference = differences[task] / (rows * count * (count - 1) / 2)
-        found[task] = Agreement(rows, mean, difference, difference / mean if mean else math.nan)
-    return found
-
-
-def _together(files: Sequence[Path]) -> Iterator[list[pa.RecordBatch]]:
-    """The files' batches, side by side. They are cut alike: the config says where."""
-    try:
-        readers = [pa.ipc.open_file(pa.memory_map(str(file))) for file in files]
-        if len({(reader.num_record_batches, reader.schema) for reader in readers}) > 1:
-            _refuse(files)
-        for i in range(readers[0].num_record_batches):
-            batches = [reader.get_batch(i) for reader in readers]
-            if len({batch.num_rows for batch in batches}) > 1:
-                _refuse(files)
-            yield batches
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{files[0].parent.parent}: a copy's {files[0].name} is damaged ({error})") from None
-
-
-def _refuse(files: Sequence[Path]) -> None:
-    raise UserError(
-        f"{files[0].parent.parent}: the copies were not tested on the same rows; train them again with --force"
-    )
 
 
 def repeats_page(title: str, found: Repeats) -> Page:

@@ -181,8 +181,9 @@ def _config(study: Study, row: RunRow) -> Config | None:
 
 
 def _firsts(study: Study) -> list[RunRow]:
-    """A row of each model, that of the first seed that is finished."""
-    cells = dict.fromkeys((row.rival, row.point) for row in study.final)
+    """A row of each model that has a row in the table, that of the first seed that is finished."""
+    hard = study.recipe.limits.stress
+    cells = dict.fromkeys((row.rival, row.point) for row in study.final if row.point not in hard)
     return [row for cell in cells if (row := _first(study.at(*cell))) is not None]
 
 
