@@ -25,6 +25,7 @@ ROOMS = [
     "predict",
     "comparison",
     "training",
+    "explain",
     "study",
     "workflow",
     "repeats",

@@ -378,6 +378,42 @@ def compare(
 
 
 @app.command()
+def explain(
+    run: RunPath,
+    log: Annotated[list[Path], typer.Option(help="a log with labels to look with, not the run's test rows")] = [],  # noqa: B006
+    row: Annotated[int, typer.Option(min=0, help="the row, from 0 on, whose masks are shown")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder; RUN/explain by default")] = None,
+    rejects: RejectsPath = None,
+) -> None:
+    """Shows what a run learned: importance of features, crossed fields, spectra of weights, masks.
+
+    Example: mldcn explain runs/mldcn
+    """
+    from mldcn import workflow
+    from mldcn.console import EncodingProgress, explain_tables, warn_of_rejects
+    from mldcn.console import out as screen
+    from mldcn.data.rejects import RejectsFile
+    from mldcn.run import RunFolder
+
+    progress = EncodingProgress()
+    try:
+        with RejectsFile(rejects) as bad:
+            found, page = workflow.explain(
+                RunFolder.open(run),
+                [str(path) for path in log],
+                row=row,
+                out=out,
+                encoding=progress,
+                rejects=bad,
+            )
+    finally:
+        progress.close()
+    warn_of_rejects(bad.count, bad.first, rejects)
+    explain_tables(found)
+    screen.print(f"report: {page}", markup=False)
+
+
+@app.command()
 def models() -> None:
     """Lists the interaction architectures: paper, width knobs, interaction order, cost.
 

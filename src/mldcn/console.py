@@ -19,6 +19,7 @@ from mldcn.training.observers import Progress as Step
 
 if TYPE_CHECKING:  # they load PyTorch
     from mldcn.cost import Memory, ModelCost, Target, Timings
+    from mldcn.explain import Explanation
     from mldcn.interactions import Info
     from mldcn.repeats import Repeats
 
@@ -76,6 +77,37 @@ def repeats_tables(title: str, found: Repeats) -> None:
     if apart:
         columns = ["task", "mean prediction", "mean absolute difference", "relative"]
         table("predictions of the test rows, all pairs of copies", columns, apart)
+
+
+def explain_tables(found: Explanation) -> None:
+    """Prints the main points of what a run learned."""
+    from mldcn.explain.page import findings
+
+    for task, metrics in found.metrics.items():
+        rows = [
+            [i.feature, f"{i.drop:+.5f}", f"[{i.low:+.5f}, {i.high:+.5f}]"] for i in found.ranked(task)[:15]
+        ]
+        title = f"{task}: AUC {metrics['auc']:.5f} on {found.rows:,} of {found.total:,} rows ({found.where})"
+        table(title, ["feature permuted", "AUC lost", "95 % interval"], rows)
+    if found.crosses:
+        layer = found.crosses[0]
+        pairs = [[f"{a} x {b}", f"{norm:.3f}"] for a, b, norm in found.pairs(layer)[:10]]
+        table(f"strongest pairs, {layer.name}: blocks of {layer.formula}", ["pair", "norm"], pairs)
+        ranks = []
+        for layer in found.crosses:
+            both = [(layer.learned.ranks[t], layer.initial.ranks[t]) for t in layer.learned.ranks]
+            ranks.append([layer.name, len(layer.learned.values), *(rank for pair in both for rank in pair)])
+        columns = [c for t in found.crosses[0].learned.ranks for c in (f"at {t:g}", f"at {t:g}, initial")]
+        table("numerical rank", ["layer", "bound", *columns], ranks)
+    if found.masks:
+        masks = []
+        for mask in found.masks:
+            whole = mask.whole
+            numbers = [f"{value:.3f}" for value in (whole.mean, whole.spread, whole.over_examples)]
+            masks.append([mask.name, *numbers, share(whole.near_zero), share(whole.amplified)])
+        table("masks", ["mask", "mean", "spread", "over examples", "near zero", "amplified"], masks)
+    for line in findings(found):
+        out.print(line, markup=False)
 
 
 def models_table(infos: Sequence[Info]) -> None:

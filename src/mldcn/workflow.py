@@ -13,6 +13,7 @@ from mldcn import interactions
 from mldcn.comparison import Comparison, compare_predictions, prediction_chunks, read_predictions
 from mldcn.config import Config, dump_config, load_config, parse
 from mldcn.data.batch import EncodedLayout
+from mldcn.data.encoder import Encoder
 from mldcn.data.parsing import salvage
 from mldcn.data.prepare import REJECTS, EncodedData, prepare
 from mldcn.data.reading import open_log
@@ -20,6 +21,8 @@ from mldcn.data.rejects import RejectsFile
 from mldcn.data.shards import EncodedRows, ShardWriter
 from mldcn.embedding.embedder import table_widths
 from mldcn.errors import UserError
+from mldcn.explain import Explanation, explanation_page
+from mldcn.explain import explain as explain_rows
 from mldcn.files import locked, scratch, write_text
 from mldcn.metrics import Difference, auc_intervals
 from mldcn.model import pick_device
@@ -253,9 +256,27 @@ def _evaluate(
     run: RunFolder, files: Sequence[str], folder: Path, encoding: Encoding | None, rejects: RejectsFile
 ) -> Evaluation:
     predictor = Predictor(run)
+    return evaluate(
+        predictor.model,
+        _encode_log(predictor, files, folder / "encoded", encoding, rejects),
+        predictor.config,
+        device=predictor.device,
+        predictions=folder / "predictions.arrow",
+        calibrators=predictor.calibrators,
+    )
+
+
+def _encode_log(
+    predictor: Predictor,
+    files: Sequence[str],
+    folder: Path,
+    encoding: Encoding | None,
+    rejects: RejectsFile,
+) -> EncodedRows:
+    """Another log's rows, encoded as a run's are."""
     config = predictor.config
     done = 0
-    with ShardWriter(folder / "encoded", predictor.encoder.layout) as writer:
+    with ShardWriter(folder, predictor.encoder.layout) as writer:
         for raw in open_log(files, config.data, config.log_schema.columns()):
             encoded, good = salvage(raw, predictor.encoder.encode)
             rejects.add(good.rejects)
@@ -264,14 +285,7 @@ def _evaluate(
             if encoding is not None:
                 encoding("encode", done, 0, 0)
     rejects.refuse_all(done)
-    return evaluate(
-        predictor.model,
-        EncodedRows(folder / "encoded"),
-        config,
-        device=predictor.device,
-        predictions=folder / "predictions.arrow",
-        calibrators=predictor.calibrators,
-    )
+    return EncodedRows(folder)
 
 
 def compare(
@@ -301,6 +315,70 @@ def compare(
             _evaluate(run, files, folder, None, bad)
             tables.append(read_predictions(folder / "predictions.arrow"))
         return compare_predictions(tables[0], tables[1], (str(a), str(b)), repeats=repeats)
+
+
+def explain(
+    run: RunFolder,
+    files: Sequence[str] = (),
+    *,
+    row: int = 0,
+    out: Path | None = None,
+    encoding: Encoding | None = None,
+    rejects: RejectsFile | None = None,
+) -> tuple[Explanation, Path]:
+    """Looks at what a finished run learned, and writes a page, its tables and pictures, and all of it as JSON.
+
+    Args:
+        run: the run.
+        files: a log with labels to look with; by default the run's own test rows.
+        row: the number, from 0 on, of the row whose masks are shown.
+        out: folder; ``explain`` in the run's by default.
+        encoding: told of the progress.
+        rejects: given the log's bad rows, where the run's config says ``data.on_error: skip``.
+
+    Returns:
+        What was found, and the page.
+
+    Raises:
+        UserError: the run's encoded test rows are gone, or there is no such row.
+    """
+    predictor = Predictor(run)
+    folder = out or run.path / "explain"
+    with scratch("explain") as home:
+        if files:
+            bad = rejects or RejectsFile(None)
+            rows, where = _encode_log(predictor, files, home / "encoded", encoding, bad), "another log"
+        else:
+            rows, where = _test_rows(predictor), "the run's test rows"
+        found = explain_rows(predictor, rows, where, row=row, progress=encoding)
+    page = explanation_page(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    page.write_files(folder, "explain")
+    write_text(folder / "explain.json", json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
+    return found, page.write(folder / "explain.html")
+
+
+def _test_rows(predictor: Predictor) -> EncodedRows:
+    """A run's test rows, as they were encoded when it was trained.
+
+    Raises:
+        UserError: they are not there, or are no longer those that the run was tested on.
+    """
+    run = predictor.run
+    noted = run.info().get("warm_start")
+    remedy = "name a log with labels with --log"
+    try:
+        start = WarmStart.reopen(noted) if noted is not None else None
+        folder = encoded_folder(predictor.config, run.path, start)
+    except UserError as error:
+        raise UserError(f"{run.path}: its test rows are not to be found ({error}); {remedy}") from None
+    if not folder.is_dir():
+        raise UserError(f"{folder}: the run's encoded rows are gone; {remedy}")
+    if "test" not in run.info()["rows"] or not (folder / "test").is_dir():
+        raise UserError(f"{run.path}: the run has no test rows; {remedy}")
+    if Encoder.load(folder / "encoder").checksum() != predictor.encoder.checksum():
+        raise UserError(f"{folder}: holds rows of another encoding than the run's; {remedy}")
+    return EncodedRows(folder / "test")
 
 
 def fetch(name: str, out: Path, source: Path | None, rows: int | None = None) -> Path:
