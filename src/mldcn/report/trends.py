@@ -53,6 +53,7 @@ def trends(
     log: bool = True,
     apart: bool = False,
     names: Sequence[str] = (),
+    ticks: Sequence[float] = (),
     signed: bool = True,
 ) -> Figure:
     """Lines with error bars.
@@ -64,6 +65,7 @@ def trends(
         log: of the horizontal axis, where its range is wide enough.
         apart: whether marks at one place are drawn side by side, so that their error bars can be told apart.
         names: of the places 0, 1, ... where the horizontal axis is of names.
+        ticks: of the horizontal axis, where round numbers say less than these; it shows them all.
         signed: whether values are gains: a line marks 0, and numbers have their sign.
     """
     with drawing():
@@ -76,7 +78,7 @@ def trends(
         axes.set_xlabel(x_label)
         if not xs:
             return figure
-        _limits(axes, xs, log=log)
+        _limits(axes, [*xs, *ticks], log=log)
         if signed:
             axes.axhline(0, color=INK, linewidth=1.1, alpha=0.75)
         handles = []
@@ -86,6 +88,9 @@ def trends(
         axes.margins(y=0.08)
         if names:
             axes.set_xticks(range(len(names)), [shorten(name, 60 // len(names) + 4) for name in names])
+        elif ticks:
+            axes.set_xticks(ticks, [number(float(tick), "tick") for tick in ticks])
+            axes.minorticks_off()
         else:
             scale(axes, "x", number_format="tick", log=log)
         scale(axes, "y", number_format="signed" if signed else ".4g")
