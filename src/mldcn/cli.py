@@ -523,7 +523,7 @@ def study(
     from mldcn.study import load_recipe, load_study, run_study
     from mldcn.study.polynomials import load_polynomials, run_polynomials
     from mldcn.study.progress import StudyProgress, results_table
-    from mldcn.study.rows import ROWS
+    from mldcn.study.report import write_report
 
     folder = out or Path("results") / recipe.stem
     if polynomials := load_polynomials(recipe):
@@ -549,7 +549,7 @@ def study(
         if dry_run:
             return
     screen.print(results_table(found))
-    screen.print(f"rows: {folder / ROWS}", markup=False)
+    screen.print(f"report: {write_report(found)}", markup=False)
 
 
 @data_app.command("encode")
