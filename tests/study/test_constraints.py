@@ -230,15 +230,15 @@ def test_a_rival_that_broke_down_altogether_is_in_the_table(tmp_path):
 
 def test_latency_without_turns_has_no_interval_and_with_turns_has_one(tmp_path):
     study = make_study(tmp_path, limits={"latency_percent": 20}, latency_batches=[1])
-    before = cells(judged(study), "wide")["latency, 1 rows"]
+    before = cells(judged(study), "wide")["latency, one row"]
     assert (before.text, before.ok) == ("+63.6 % (1.8 ms)", False)
     timed = Slowdown("wide", "as it is", ("dnn0", "wide0"), 1, 1.15, 1.1, 1.3, (1.0, 1.15), 40, "cpu", 1)
     (tmp_path / FILE).write_text(json.dumps([asdict(timed)]))
-    after = cells(judged(study), "wide")["latency, 1 rows"]
+    after = cells(judged(study), "wide")["latency, one row"]
     assert (after.text, after.ok, after.unsure) == ("+15.0 % [+10.0, +30.0] (1.15 ms)", True, True)
     # Of models that have changed since, nothing is known.
     (tmp_path / FILE).write_text(json.dumps([asdict(replace(timed, hashes=("dnn0", "another")))]))
-    assert cells(judged(study), "wide")["latency, 1 rows"] == before
+    assert cells(judged(study), "wide")["latency, one row"] == before
 
 
 def test_hyper_parameters_are_those_set_tuned_varied_or_turned():

@@ -59,6 +59,8 @@ class _Table:
         self.recipe, self.limits = study.recipe, study.recipe.limits
         self.slowdowns = {(s.rival, s.point): s for s in read_slowdowns(study)}
         self.batch = self.limits.latency_batch or max(self.recipe.latency_batches)
+        self.scored = f"{self.batch:,} rows" if self.batch > 1 else "one row"
+        self.parts: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = {}
         self.quality = list(dict.fromkeys([*self._usual_metrics(), *map(self._known_as, self.limits.gain)]))
         spread = [*self.quality[:1], (study.facts.task, summary.metric)]
         self.scattered = list(dict.fromkeys([*spread, *map(self._known_as, self.limits.deviation)]))
@@ -92,7 +94,7 @@ class _Table:
         if self.slowdowns:
             one = next(iter(self.slowdowns.values()))
             yield (
-                f"Latency: scoring {self.batch:,} rows on {one.device} with {one.threads} threads, each model in "
+                f"Latency: scoring {self.scored} on {one.device} with {one.threads} threads, each model in "
                 f"turns with the baseline, {one.rounds} rounds; intervals are over rounds."
             )
         else:
@@ -202,7 +204,7 @@ class _Table:
         return Cell(title, text, None if most is None else share <= most, limit)
 
     def _latency(self, standing: Standing) -> Cell:
-        title, most = f"latency, {self.batch:,} rows", self.limits.latency_percent
+        title, most = f"latency, {self.scored}", self.limits.latency_percent
         limit = f"<= {most:+g} %" if most is not None else ""
         timed = self.slowdowns.get(_cell(standing)) or self._untimed(standing)
         if timed is None:
@@ -298,7 +300,9 @@ class _Table:
 
     def _part_aucs(self, cell: tuple[str, str], parts: int) -> dict[int, NDArray[np.float64]]:
         """AUC of a model in each part of the test rows, by seed."""
-        task, found = self.study.facts.task, {}
+        if cell in self.parts:
+            return self.parts[cell]
+        task, found = self.study.facts.task, self.parts.setdefault(cell, {})
         for row in self.study.at(*cell):
             file = RunFolder(self.study.out / row.run).predictions
             if not file.exists():
