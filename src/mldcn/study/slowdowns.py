@@ -154,8 +154,9 @@ def ratio_of(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> tuple[
         seed: of the draws.
 
     Example:
-        >>> ratio_of([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
-        (2.0, 2.0, 2.0)
+        >>> ratio, low, high = ratio_of([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
+        >>> f"{low:.3f} {ratio:.3f} {high:.3f}"
+        '2.000 2.000 2.000'
     """
     logs = np.log(np.asarray(b, np.float64)) - np.log(np.asarray(a, np.float64))
     drawn = np.random.default_rng(seed).integers(len(logs), size=(DRAWS, len(logs)))
