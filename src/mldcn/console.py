@@ -81,7 +81,7 @@ def repeats_tables(title: str, found: Repeats) -> None:
 
 def explain_tables(found: Explanation) -> None:
     """Prints the main points of what a run learned."""
-    from mldcn.explain.page import findings
+    from mldcn.explain.wording import findings
 
     for task, metrics in found.metrics.items():
         rows = [

@@ -12,7 +12,7 @@ VALUES = 6
 
 
 def write_log(path, rows, seed):
-    """Clicks depend on user and ad only where they meet: each alone tells nothing."""
+    """Clicks depend on how user and ad meet, and on neither alone; saves on the place."""
     rng = np.random.default_rng(seed)
     ids = {name: rng.integers(0, VALUES, rows) for name in FIELDS}
     meet = (ids["user"] + ids["ad"]) % 2 == 0
@@ -22,18 +22,23 @@ def write_log(path, rows, seed):
         "price": rng.exponential(1.0, rows),
         "session": np.arange(rows) // 4,
         "click": click.astype(int),
+        "save": (rng.random(rows) < np.where(ids["place"] < 2, 0.7, 0.3)).astype(int),
     }
     pl.DataFrame(frame).write_csv(path)
 
 
-def write_config(path, log, interaction, **training):
+def write_config(path, log, interaction, labels=("click",), **training):
     """A config of the log; ``price`` is numeric, rows of a session belong together."""
     source = {"user": "user", "ad": "item", "place": "context", "hour": "context"}
     features = [{"name": name, "kind": "categorical", "source": source[name]} for name in FIELDS]
     features.append({"name": "price", "kind": "numeric", "transform": "log", "source": "item"})
     config = {
         "data": {"train": [str(log)], "split": {"kind": "hash", "valid": 0.15, "test": 0.25}},
-        "schema": {"features": features, "labels": [{"name": "click"}], "request": "session"},
+        "schema": {
+            "features": features,
+            "labels": [{"name": label} for label in labels],
+            "request": "session",
+        },
         "model": {
             "embedding": {"dim": 4, "init_std": 0.3},
             "deep": {"hidden": []},

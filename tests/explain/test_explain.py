@@ -4,12 +4,14 @@ import json
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from planted import FIELDS, call, write_config, write_log
 from typer.testing import CliRunner
 
 from mldcn import cli
+from mldcn.config import load_config
 from mldcn.data.shards import EncodedRows
 from mldcn.errors import UserError
 from mldcn.explain import explain as look
@@ -18,7 +20,7 @@ from mldcn.explain.sample import draw_sample
 from mldcn.model import Ranker
 from mldcn.predict import Predictor
 from mldcn.run import RunFolder
-from mldcn.workflow import explain
+from mldcn.workflow import encoded_folder, explain
 
 MODELS = {
     "dcnv2": {"name": "dcnv2", "num_layers": 1},
@@ -34,7 +36,8 @@ def work(tmp_path_factory):
     write_log(folder / "log.csv", 6000, seed=0)
     write_log(folder / "next.csv", 700, seed=1)
     for name, interaction in MODELS.items():
-        write_config(folder / f"{name}.yaml", folder / "log.csv", interaction)
+        labels = ("click", "save") if name == "masknet" else ("click",)
+        write_config(folder / f"{name}.yaml", folder / "log.csv", interaction, labels)
         call("fit", folder / f"{name}.yaml", "--out", folder / "runs" / name)
     return folder
 
@@ -70,20 +73,32 @@ def test_the_planted_pair_has_the_strongest_blocks(found, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_planted_features_are_the_important_ones(found, name):
     plain, words, _ = found[name]
-    by_name = {i["feature"]: i for i in plain["importances"] if i["metric"] == "auc"}
+    of_click = [i for i in plain["importances"] if i["task"] == "click"]
+    by_name = {i["feature"]: i for i in of_click if i["metric"] == "auc"}
     assert set(by_name) == {*FIELDS, "price"}
     for feature in ("user", "ad"):
         assert 0.2 < by_name[feature]["low"] < by_name[feature]["drop"] < by_name[feature]["high"] < 0.35
     for feature in ("place", "hour", "price"):
         assert abs(by_name[feature]["drop"]) < 0.03
-    losses = {i["feature"]: i["drop"] for i in plain["importances"] if i["metric"] == "logloss"}
+    losses = {i["feature"]: i["drop"] for i in of_click if i["metric"] == "logloss"}
     assert min(losses["user"], losses["ad"]) > 0.2
     assert plain["unit"] == "request"
     assert (plain["rows"], plain["total"]) == (1503, 1503)
     assert "1,503 of 1,503 rows (the run's test rows)" in " ".join(words.split())
-    groups = {i["feature"]: i["drop"] for i in plain["groups"] if i["metric"] == "auc"}
+    groups = {
+        i["feature"]: i["drop"] for i in plain["groups"] if (i["task"], i["metric"]) == ("click", "auc")
+    }
     assert set(groups) == {"user", "item", "context"}
     assert groups["user"] > 0.2 > 0.03 > abs(groups["context"])
+
+
+def test_every_task_has_its_own_importance(found):
+    plain, words, page = found["masknet"]
+    saves = {i["feature"]: i for i in plain["importances"] if (i["task"], i["metric"]) == ("save", "auc")}
+    assert saves["place"]["low"] > 0.1
+    assert all(abs(saves[name]["drop"]) < 0.03 for name in saves if name != "place")
+    assert "The other tasks: save" in page
+    assert "save: AUC" in words
 
 
 def test_the_auc_is_that_of_the_runs_test_rows(work, found):
@@ -123,6 +138,15 @@ def copy_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def test_a_run_that_began_with_another_ones_weights_is_not_set_against_its_seeds(work):
+    write_config(work / "warm.yaml", work / "next.csv", MODELS["dcnv2"], epochs=1)
+    call("fit", work / "warm.yaml", "--warm-start", work / "runs" / "dcnv2", "--out", work / "runs" / "warm")
+    found, page = explain(RunFolder.open(work / "runs" / "warm"))
+    assert found.warm
+    assert found.crosses[0].changed is None
+    assert "began with another run&#x27;s weights" in page.read_text(encoding="utf-8")
+
+
 def test_masks_and_the_chosen_row_are_told(work, found):
     plain, words, page = found["mldcn"]
     assert [mask["name"] for mask in plain["masks"]] == ["layer 1", "layer 2"]
@@ -151,9 +175,9 @@ def test_masks_and_the_chosen_row_are_told(work, found):
     assert above == sorted(above, reverse=True)
 
 
-def _test_rows(work):
-    (folder,) = (work / "runs" / "encoded").iterdir()
-    return EncodedRows(folder / "test")
+def _test_rows(work, name="dcnv2"):
+    config = load_config(work / "runs" / name / "config.yaml")
+    return EncodedRows(encoded_folder(config, work / "runs" / name) / "test")
 
 
 def test_an_architecture_without_crosses_says_so_and_has_its_importance(found):
@@ -206,13 +230,12 @@ def test_mistakes_are_named_with_their_remedy(work, tmp_path):
     moved = tmp_path / "dcnv2"
     shutil.copytree(work / "runs" / "dcnv2", moved)
     refused(moved, says="the run's encoded rows are gone; name a log with labels with --log")
-    (folder,) = (work / "runs" / "encoded").iterdir()
+    folder = _test_rows(work).folder.parent
     shutil.copytree(folder, tmp_path / "encoded" / folder.name)
     shutil.rmtree(tmp_path / "encoded" / folder.name / "test")
     refused(moved, says="the run has no test rows; name a log with labels with --log")
     one_class = tmp_path / "ones.csv"
-    lines = (work / "next.csv").read_text().splitlines()
-    one_class.write_text("\n".join([lines[0], *(line[:-1] + "1" for line in lines[1:20])]))
+    pl.read_csv(work / "next.csv").with_columns(click=pl.lit(1)).write_csv(one_class)
     refused(moved, "--log", one_class, says="every label has one class only")
     out = explain(RunFolder.open(moved), [str(work / "next.csv")], out=tmp_path / "out")[1]
     assert out == tmp_path / "out" / "explain.html"

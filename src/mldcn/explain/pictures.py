@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 FIELDS = 20  # that a heat map has room for
 _NAME = 18
-_LEFT, _RIGHT, _ABOVE, _BELOW = 124.0, 10.0, 112.0, 58.0  # around a heat map, in a figure's units
+_LEFT, _RIGHT, _ABOVE, _BELOW = 122.0, 38.0, 108.0, 58.0  # around a heat map, in a figure's units
 
 
 def heat_map(values: Floats, rows: Sequence[str], columns: Sequence[str], *, label: str) -> Figure:
