@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mldcn.report.summary import metric_column
 from mldcn.report.text import slug
 from mldcn.study.findings import Scaling, Standing, Summary
-from mldcn.study.recipe import AS_IS
+from mldcn.study.recipe import AS_IS, amount_of
 from mldcn.study.rows import RunRow, Study
 
 
@@ -62,6 +62,18 @@ class Outline:
     def points(self) -> list[str]:
         """The names of points with finished runs, in the recipe's order."""
         return list(dict.fromkeys(standing.point for standing in self.there))
+
+    @property
+    def settings(self) -> bool:
+        """Whether points are settings side by side, that cost no amount of anything."""
+        return any(budget is None for budget in map(amount_of, self.recipe.budgets))
+
+    @property
+    def main_point(self) -> str | None:
+        """The point that the finding is of: the last budget, or the setting of the baseline."""
+        if self.settings and self.at(self.summary.baseline[1]):
+            return self.summary.baseline[1]
+        return next((point for point in reversed(self.points) if self.at(point)), None)
 
     def at(self, point: str) -> list[Standing]:
         """The rivals that have finished runs at a point, the best first."""

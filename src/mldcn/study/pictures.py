@@ -24,6 +24,7 @@ _SAME = 1.05  # costs within this ratio need no axis
 _TICKS = 8
 _LINES = 8  # that a plot of curves has room for
 _PARTS = ("interaction", "deep", "heads", "embedding")
+_QUOTED = "The paper's figures, from its own data and scale: only the shape can be compared."
 _BARS = "Bars are 95 % intervals."
 
 
@@ -56,8 +57,8 @@ def gain_pictures(outline: Outline) -> list[Picture]:
     """Gains against FLOPs and every other cost; where there is one point only, rivals by their gain as well."""
     if outline.recipe.vary or len(outline.points) < 2:
         return [*_ranked(outline), *_scattered(outline)]
-    if any(standing.budget is None for standing in outline.there):
-        return list(_by_setting(outline))
+    if outline.settings:
+        return [*_by_setting(outline), *_scattered(outline)]
     return [*_scaled(outline), *_shares(outline)]
 
 
@@ -156,6 +157,7 @@ def _scattered(outline: Outline) -> Iterator[Picture]:
                 points, y_label=f"{outline.metric} gain over {outline.baseline}", x_label=cost_title(cost)
             )
             caption = f"Up is better, left is cheaper. {_BARS}"
+            caption += f" All at {outline.main_point}." if outline.settings else ""
             yield Picture(
                 f"gain-by-{slug(cost)}", plot, f"{outline.metric} gain against {cost_title(cost)}", caption
             )
@@ -164,6 +166,8 @@ def _scattered(outline: Outline) -> Iterator[Picture]:
 def _points(outline: Outline, cost: str | None) -> Iterator[Point]:
     for group in outline.groups():
         for member in group.members:
+            if outline.settings and member.standing.point != outline.main_point:
+                continue
             x = member.standing.costs.get(cost) if cost is not None else None
             mark = _mark(outline, member.standing, 0.0)
             if mark is not None:
@@ -196,9 +200,24 @@ def ablation_pictures(outline: Outline, quoted: Sequence[Quoted]) -> Iterator[tu
             if len(values) > 1:
                 name = f"quoted-{slug(key_title(key))}" + (f"-{i + 1}" if i else "")
                 plot = _valued(values, key_title(key), table.what, len(outline.styles) + i, ticks)
-                text = "Figures of the paper, from its own data and scale: only the shape can be compared."
-                pictures.append(Picture(name, plot, f"Quoted from {table.source}", text))
+                pictures.append(Picture(name, plot, f"Quoted from {table.source}", _QUOTED))
         yield key, pictures
+
+
+def quoted_pictures(outline: Outline, quoted: Sequence[Quoted]) -> list[Picture]:
+    """The figures that are quoted for rivals, on axes of their own; of varied keys see above."""
+    found = []
+    own = [(member.standing, member.style) for group in outline.groups() for member in group.members]
+    own = [(standing, style) for standing, style in own if standing.key is None]
+    for i, table in enumerate(quoted):
+        values = [(outline.label(s), table.of(s), style) for s, style in own]
+        points = [Point(label, value, style=style) for label, value, style in values if value is not None]
+        if len(points) > 1:
+            plot = plots.intervals(points, x_label=table.what)
+            found.append(
+                Picture(f"quoted-{i + 1}", plot, f"Quoted from {table.source}: {table.what}", _QUOTED)
+            )
+    return found
 
 
 def _valued(

@@ -33,6 +33,7 @@ from mldcn.study.pictures import (
     curve_pictures,
     first_shown,
     gain_pictures,
+    quoted_pictures,
     shown,
 )
 from mldcn.study.quoted import read_quoted
@@ -118,7 +119,10 @@ class StudyReport:
 
     def _sections(self) -> Iterator[tuple[str, list[Block]]]:
         if self.outline.there:
-            yield "Gains against cost", self._drawn(gain_pictures(self.outline))
+            yield (
+                "Gains by setting" if self.outline.settings else "Gains against cost",
+                self._drawn(gain_pictures(self.outline)),
+            )
             yield "Gains", self._gains()
             yield "Rivals against each other", self._pairs()
             slopes = [*_tables(scaling_table(self.outline)), *_details(steps_table(self.outline))]
@@ -164,7 +168,9 @@ class StudyReport:
         blocks: list[Block] = []
         for key, pictures in ablation_pictures(self.outline, self.quoted):
             blocks += [*self._drawn(pictures), ablation_table(self.outline, key, self.quoted)]
-        return [*blocks, *_tables(quoted_table(self.outline, self.quoted))]
+        table = quoted_table(self.outline, self.quoted)
+        pictures = quoted_pictures(self.outline, self.quoted) if table is not None else []
+        return [*blocks, *self._drawn(pictures), *_tables(table)]
 
     def _constraints(self) -> list[Block]:
         verdicts = judge(self.study, self.outline.summary)

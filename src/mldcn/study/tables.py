@@ -360,6 +360,19 @@ def _beside(
         ),
         (Column(name="Reading"), lambda s: g.verdict if (g := gain(s)) else None),
     ]
+    latency = next((cost for cost in reversed(outline.costs()) if cost.startswith("latency@")), "")
+    columns += [
+        (
+            Column(name="Training memory", unit="measured here, bytes", format="si"),
+            lambda s: s.costs.get("memory"),
+        ),
+        (
+            Column(
+                name=f"ms for {latency.removeprefix('latency@')} rows", unit="measured here", format=".3g"
+            ),
+            lambda s: s.costs.get(latency),
+        ),
+    ]
     here = [each for each in quoted if any(each.of(s) is not None for s in rows)]
     for each in here:
         columns.append((Column(name=each.what, unit=f"quoted: {each.source}"), each.of))

@@ -77,34 +77,35 @@ def _title(outline: Outline) -> str:
     counts = {rival: list(leaders.values()).count(rival) for rival in leaders.values()}
     first = max(counts, key=lambda rival: counts[rival])
     where = "" if len(leaders) == 1 and not outline.recipe.budgets else f" at {next(iter(leaders))}"
-    if len(leaders) > 1:
-        what = "budgets" if outline.there[0].budget is not None else "settings"
+    if outline.settings and outline.main_point in leaders:
+        first, where = leaders[outline.main_point], f" at {outline.main_point}"
+    elif len(leaders) > 1:
         share = "all" if counts[first] == len(leaders) else f"{counts[first]} of"
-        where = f" at {share} {len(leaders)} {what}"
+        where = f" at {share} {len(leaders)} budgets"
     so_far = " so far" if any(standing.missing for standing in outline.summary.standings) else ""
     return f"{first} has the best {metric}{where}{so_far}"
 
 
 def _rivals(outline: Outline) -> Iterator[str]:
     """The leader at the dearest point against the baseline and the next, then where leads are shown at all."""
-    points = [point for point in outline.points if outline.at(point)]
-    if not points:
+    main = outline.main_point
+    if main is None:
         return
-    last = points[-1]
-    here = outline.at(last)
+    here = outline.at(main)
     first = here[0]
     gain = outline.summary.gain(first.rival, first.point)
-    where = f"At {last}, " if outline.recipe.budgets else ""
+    where = f"At {main}, " if outline.recipe.budgets else ""
     if gain is not None:
-        yield f"{where}{first.rival} gains {_span(gain)} on {outline.baseline}: {gain.verdict}."
+        end = f": {gain.verdict}" if gain.estimate.known else ""
+        yield f"{where}{first.rival} gains {_span(gain)} on {outline.baseline}{end}."
         where = ""
-    lead = pair(outline, first.rival, here[1].rival, last) if len(here) > 1 else None
+    lead = pair(outline, first.rival, here[1].rival, main) if len(here) > 1 else None
     if lead is not None:
         end = "shown" if lead.verdict == "better" else "not shown after Holm's correction"
         who = first.rival if gain is None else "It"
         end = f": {end}" if lead.estimate.known else ""
         yield f"{where}{who} leads the next, {here[1].rival}, by {_span(lead)}{end}."
-    yield from _leads(outline, points)
+    yield from _leads(outline, [point for point in outline.points if outline.at(point)])
 
 
 def _leads(outline: Outline, points: Sequence[str]) -> Iterator[str]:
@@ -185,5 +186,5 @@ def _span(gain: Gain) -> str:
     estimate = gain.estimate
     text = f"{number(estimate.value, _DIGITS)} {metric_title(gain.metric)}"
     if not estimate.known:
-        return f"{text} (no interval: {estimate.why or 'one seed'})"
+        return f"{text} (no interval)"
     return f"{text} (95 % interval {number(estimate.low, _DIGITS)} to {number(estimate.high, _DIGITS)})"
