@@ -30,6 +30,7 @@ ROOMS = [
     "workflow",
     "repeats",
     "console",
+    "study_console",
     "estimator",
     "demo",
     "cli",

@@ -380,7 +380,9 @@ def compare(
 @app.command()
 def explain(
     run: RunPath,
-    log: Annotated[list[Path], typer.Option(help="a log with labels to look with, not the run's test rows")] = [],  # noqa: B006
+    log: Annotated[
+        list[Path], typer.Option(help="a log with labels to look with, not the run's test rows")
+    ] = [],  # noqa: B006
     row: Annotated[int, typer.Option(min=0, help="the row, from 0 on, whose masks are shown")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder; RUN/explain by default")] = None,
     rejects: RejectsPath = None,
@@ -522,8 +524,8 @@ def study(
     from mldcn.console import out as screen
     from mldcn.study import load_recipe, load_study, run_study
     from mldcn.study.polynomials import load_polynomials, run_polynomials
-    from mldcn.study.progress import StudyProgress, results_table
     from mldcn.study.report import write_report
+    from mldcn.study_console import StudyProgress, results_table
 
     folder = out or Path("results") / recipe.stem
     if polynomials := load_polynomials(recipe):

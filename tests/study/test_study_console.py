@@ -4,10 +4,10 @@ import pytest
 from rich.console import Console
 from study_cases import recipe, row
 
-from mldcn.study import progress
+from mldcn import study_console
 from mldcn.study.engine import PlanLine, Standing
-from mldcn.study.progress import StudyProgress, duration, outcome, results_table
 from mldcn.study.rows import Facts, Study
+from mldcn.study_console import StudyProgress, duration, outcome, results_table
 
 FACTS = Facts(
     dataset="pinads",
@@ -58,7 +58,7 @@ def test_the_table_so_far_holds_means_and_counts(study):
 
 
 def test_without_a_terminal_there_are_plain_lines(study, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "err", Console(stderr=True, width=200))
+    monkeypatch.setattr(study_console, "err", Console(stderr=True, width=200))
     shown = StudyProgress()
     line = PlanLine("dnn", "20k", "hidden=59", 20_010, 0.0005, 10_000, 2, 1, 12.0)
     standing = Standing(0, 3, 200.0, (), dataclasses.replace(study, rows=()))
