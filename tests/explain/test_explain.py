@@ -62,6 +62,7 @@ def test_the_planted_pair_has_the_strongest_blocks(found, name):
     assert first["norm"] > 1.15 * second["norm"]
     for shown in (words, page):
         assert "user × ad" in shown
+        assert "Training changed most those of user × ad" in shown
     norms, signal, changed = (np.array(plain["crosses"][0][key]) for key in ("norms", "signal", "changed"))
     assert plain["fields"] == [*FIELDS, "price"]
     assert norms.shape == signal.shape == changed.shape == (5, 5)

@@ -145,6 +145,10 @@ class Explanation:
         """A layer's pairs of fields, the strongest first."""
         return strongest_pairs(layer.norms, self.layout)
 
+    def moved(self, layer: CrossLayer) -> list[tuple[str, str, float]]:
+        """A layer's pairs of fields by what training changed in their blocks; empty where it is not known."""
+        return [] if layer.changed is None else strongest_pairs(layer.changed, self.layout)
+
     def loudest(self, layer: CrossLayer) -> list[tuple[str, str, float]]:
         """A layer's pairs of fields by the size of their crosses on rows; empty where it is not known."""
         return [] if layer.signal is None else strongest_pairs(layer.signal, self.layout)

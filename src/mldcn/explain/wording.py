@@ -24,12 +24,14 @@ def findings(found: Explanation) -> list[str]:
         sentences.append(f"For {none} of {len(ranked)} features no importance is shown.")
     if found.crosses:
         layer = found.crosses[0]
-        pairs = ", ".join(f"{a} × {b}" for a, b, norm in found.pairs(layer)[:3] if norm > 0)
-        if pairs:
-            sentences.append(f"The largest weights of {layer.name} cross {pairs}.")
-        loud = ", ".join(f"{a} × {b}" for a, b, size in found.loudest(layer)[:3] if size > 0)
-        if loud:
-            sentences.append(f"On these rows its largest crosses are those of {loud}.")
+        for start, pairs in (
+            (f"The largest weights of {layer.name} cross", found.pairs(layer)),
+            ("Training changed most those of", found.moved(layer)),
+            ("On these rows its largest crosses are those of", found.loudest(layer)),
+        ):
+            named = ", ".join(f"{a} × {b}" for a, b, size in pairs[:3] if size > 0)
+            if named:
+                sentences.append(f"{start} {named}.")
     else:
         sentences.append(without_crosses(found))
     if found.masks:
