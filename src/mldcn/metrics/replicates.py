@@ -259,8 +259,8 @@ def cluster_sums(chunks: Callable[[], Iterable[Chunk]], groups: int = GROUPS) ->
     placed, losses, weight = np.zeros(groups), np.zeros(groups), np.zeros(groups)
     used = np.zeros(groups, np.bool_)
     for labels, scores, weights, codes in _labelled(chunks()):
-        kind = (labels > 0).astype(np.intp)
-        share = weights / total[kind] * (v[kind, _bins(scores)] - auc)
+        side = (labels > 0).astype(np.intp)
+        share = weights / total[side] * (v[side, _bins(scores)] - auc)
         placed += np.bincount(codes, share, groups)
         likelihood = np.where(labels > 0, scores, 1.0 - scores)
         loss = -np.log(np.maximum(likelihood, np.finfo(np.float32).eps))
@@ -322,4 +322,5 @@ def _labelled(
 def _bins(scores: Floats) -> NDArray[np.int64]:
     with np.errstate(divide="ignore"):
         odds = np.log(scores) - np.log1p(-scores)
-    return ((np.clip(odds, -_REACH, _REACH) + _REACH) * ((_BINS - 1) / (2 * _REACH))).astype(np.int64)
+    places: Floats = (np.clip(odds, -_REACH, _REACH) + _REACH) * ((_BINS - 1) / (2 * _REACH))
+    return places.astype(np.int64)
