@@ -312,6 +312,10 @@ def test_settings_side_by_side_have_their_names_on_the_axis(tmp_path: Path) -> N
     page = page_of(sample_study(small_recipe(match="none", budgets=budgets), tmp_path))
     picture = next(figure for figure in page.figures if figure.name == "gain-by-setting")
     assert ">Monday</text>" in picture.svg
+    assert isinstance(page.blocks[0], Callout)
+    assert page.blocks[0].title.endswith(" at Monday")  # where the baseline is, not the last
+    curves = [figure.name for figure in page.figures if figure.name.startswith("curves")]
+    assert curves == ["curves-monday", "curves-tuesday"]
 
 
 def test_texts_of_a_recipe_are_escaped(tmp_path: Path) -> None:

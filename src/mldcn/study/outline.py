@@ -97,6 +97,12 @@ class Outline:
             for point in self.points
         ]
 
+    def main_first(self) -> list[Group]:
+        """The groups, that of the finding first and then from the last on."""
+        groups = self.groups()[::-1]
+        name = slug(self.main_point) if self.main_point is not None else ""
+        return sorted(groups, key=lambda group: group.name != name)
+
     def label(self, standing: Standing) -> str:
         """What stands for a rival at a point where both could differ."""
         if standing.point == AS_IS:

@@ -244,9 +244,9 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 
 def curve_pictures(outline: Outline) -> list[Picture]:
-    """Learning curves of each group, the last (dearest) first."""
+    """Learning curves of each group; that of the finding first."""
     found = []
-    for group in reversed(outline.groups()):
+    for group in outline.main_first():
         curves = [_curve(outline.runs(member.standing), member) for member in group.members]
         curves = [curve for curve in curves if curve.steps]
         for i in range(0, len(curves), _LINES):
@@ -270,7 +270,7 @@ def _curve(rows: Sequence[RunRow], member: Member) -> Curve:
 def cost_pictures(outline: Outline) -> list[Picture]:
     """FLOPs by part of each group, and the parameters; the last (dearest) first."""
     found = []
-    for group in reversed(outline.groups()):
+    for group in outline.main_first():
         for what, parts, x_label in (
             ("FLOPs", _PARTS, "FLOPs an example"),
             ("parameters", ("dense", "embedding"), "parameters"),
@@ -293,9 +293,9 @@ def cost_pictures(outline: Outline) -> list[Picture]:
 
 
 def calibration_pictures(outline: Outline) -> list[Picture]:
-    """Reliability of each group on the test rows, the last (dearest) first, where the runs are at hand."""
+    """Reliability of each group on the test rows; that of the finding first, where the runs are at hand."""
     found = []
-    for group in reversed(outline.groups()):
+    for group in outline.main_first():
         series = list(_reliability(outline, group))
         for i in range(0, len(series), _LINES):
             part = f"-{i // _LINES + 1}" if len(series) > _LINES else ""

@@ -145,7 +145,13 @@ class StudyReport:
 
     def _folded(self, pictures: Sequence[Picture]) -> list[Block]:
         self.pictures += pictures
-        return first_shown(pictures, "At the other budgets")
+        return first_shown(pictures, self._others)
+
+    @property
+    def _others(self) -> str:
+        if not self.study.recipe.budgets:
+            return "The others"
+        return "At the other settings" if self.outline.settings else "At the other budgets"
 
     def _gains(self) -> list[Block]:
         outline = self.outline
@@ -182,10 +188,8 @@ class StudyReport:
     def _costs(self) -> list[Block]:
         pictures = cost_pictures(self.outline)
         self.pictures += pictures
-        return [
-            *shown(pictures[:2]),
-            *([Details("At the other budgets", shown(pictures[2:]))] if pictures[2:] else []),
-        ]
+        others = [Details(self._others, shown(pictures[2:]))] if pictures[2:] else []
+        return [*shown(pictures[:2]), *others]
 
     def _calibration(self) -> list[Block]:
         table = calibration_table(self.outline)
