@@ -143,7 +143,7 @@ def test_hits_of_a_task_called_save_are_read_from_the_runs(tmp_path):
     verdicts = judged(study)
     found = cells(verdicts, "mldcn")["gain of Hit@3 (save)"]
     # Both seeds gain the same: no spread to make an interval of.
-    assert (found.ok, found.limit, found.text) == (True, ">= +0.005", "+0.01000, +9.09%")
+    assert (found.ok, found.limit, found.text) == (True, ">= 0.005", "+0.01000, +9.09 %")
     assert cells(verdicts, "wide")["gain of Hit@3 (save)"].text.startswith("-0.01000 [")
     assert cells(verdicts, "wide")["gain of Hit@3 (save)"].ok is False
     assert cells(verdicts, "wide")["deviation of Hit@3 (save)"].text == "0 over 2 seeds"
@@ -160,7 +160,7 @@ def test_copies_that_disagree_are_found(tmp_path):
             scores = np.full((4, 1), 0.5 + apart, np.float32)
             writer.write(labels, scores, np.ones(4, np.float32), zeros, zeros)
     verdicts = judged(study)
-    assert cells(verdicts, "mldcn")["mean |p_a - p_b|"].text == "0.1, 18.2% of the mean"
+    assert cells(verdicts, "mldcn")["mean |p_a - p_b|"].text == "0.1, 18.2 % of the mean"
     assert cells(verdicts, "mldcn")["mean |p_a - p_b|"].ok is False
     assert cells(verdicts, "dnn")["mean |p_a - p_b|"].ok is True
     assert cells(verdicts, "mldcn")["deviation of AUC"].ok is True

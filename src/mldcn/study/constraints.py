@@ -154,7 +154,7 @@ class _Table:
     def _gain(self, standing: Standing, name: tuple[str, str], least: float | None) -> Cell:
         task, metric = name
         title = f"gain of {self._title(name)}"
-        limit = f">= {least:+g}" if least is not None else ""
+        limit = f">= {least:g}" if least is not None else ""
         cell = _cell(standing)
         if cell == self.summary.baseline:
             return Cell(title, "the baseline", None if least is None else least <= 0, limit)
@@ -180,7 +180,7 @@ class _Table:
         text = f"{value:+.5f}{interval(low, high, '+.5f')}"
         if metric.startswith("hit"):
             mean = float(np.mean(list(self._by_seed(*self.summary.baseline, task, metric).values()) or [0.0]))
-            text += f", {value / mean:+.2%}" if mean else ""
+            text += f", {100 * value / mean:+.2f} %" if mean else ""
         if least is None:
             return Cell(title, text)
         return Cell(title, text, value >= least, limit, _across(least, low, high))
@@ -205,7 +205,7 @@ class _Table:
 
     def _latency(self, standing: Standing) -> Cell:
         title, most = f"latency, {self.scored}", self.limits.latency_percent
-        limit = f"<= {most:+g} %" if most is not None else ""
+        limit = f"<= {most:g} %" if most is not None else ""
         timed = self.slowdowns.get(_cell(standing)) or self._untimed(standing)
         if timed is None:
             return Cell(title, "not measured", None, limit)
@@ -268,7 +268,7 @@ class _Table:
         if len(files) < 2:
             return Cell(title, "needs two runs' predictions", None, limit)
         found = agreement(files)[self.study.facts.task]
-        text = f"{found.difference:.2g}, {found.relative:.1%} of the mean"
+        text = f"{found.difference:.2g}, {100 * found.relative:.1f} % of the mean"
         return Cell(title, text, None if most is None else 100 * found.relative <= most, limit)
 
     # Stability.
@@ -287,7 +287,7 @@ class _Table:
     def _by_part(self, standing: Standing, parts: int) -> Cell:
         """The AUC gain in consecutive parts of the test rows: over days, where the log is in order of time."""
         title, least = f"AUC gain in {parts} parts of the test rows", self.limits.part_gain
-        limit = f">= {least:+g} in each" if least is not None else ""
+        limit = f">= {least:g} in each" if least is not None else ""
         ours, base = (self._part_aucs(cell, parts) for cell in (_cell(standing), self.summary.baseline))
         gains = [ours[seed] - base[seed] for seed in ours if seed in base]
         mean = np.mean(gains, axis=0) if gains else np.asarray([np.nan])
