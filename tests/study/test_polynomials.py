@@ -6,13 +6,12 @@ import torch
 import yaml
 
 from mldcn.errors import UserError
+from mldcn.study import polynomials
+from mldcn.study.polynomial_models import Predictor, Rival
 from mldcn.study.polynomial_targets import TARGETS, Target
 from mldcn.study.polynomials import (
     Fit,
-    Lbfgs,
     PolynomialRecipe,
-    Predictor,
-    Rival,
     fit_model,
     load_polynomials,
     plan,
@@ -27,7 +26,7 @@ SMALL = {
         "second": {
             "title": "f2",
             "targets": ["f2"],
-            "optimiser": {"name": "lbfgs", "rows": 200, "iterations": 120, "restarts": 2},
+            "optimiser": {"lbfgs": {"rows": 200, "iterations": 120}, "starts": 2},
             "dtype": "float64",
             "rivals": {
                 "dcn": {"title": "DCN", "interaction": {}, "cross": "rank_one", "paper": {"f2": [0.1]}},
@@ -38,7 +37,7 @@ SMALL = {
             "title": "order 3",
             "targets": ["order3"],
             "layers": [1, 2],
-            "optimiser": {"name": "adam", "steps": 3, "batch_size": 8, "lr": 0.01},
+            "optimiser": {"adam": {"steps": 3, "batch_size": 8, "lr": 0.01}},
             "dtype": "float32",
             "rivals": {
                 "dcnv2": {"title": "DCN-V2", "interaction": {"name": "dcnv2"}},
@@ -64,13 +63,21 @@ def target(name, seed=0):
     return TARGETS[name](torch.Generator().manual_seed(seed))
 
 
+def here(todo, run, jobs, say):
+    """``run_jobs`` without processes, which take seconds to start."""
+    for fit in todo:
+        say(run(fit, 1))
+
+
 def rival(**options):
     return Rival(title="x", interaction={}, **options)
 
 
-def test_a_study_reports_runs_once_and_goes_on(tmp_path):
+def test_a_study_reports_runs_once_and_goes_on(tmp_path, monkeypatch):
     said = []
-    cells = run_polynomials(recipe(tmp_path), tmp_path / "out", say=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(polynomials, "run_jobs", here)
+        cells = run_polynomials(recipe(tmp_path), tmp_path / "out", say=said.append)
     assert said[0] == "12 runs, 0 finished before"
     dcn, dcnv2 = cells[:2]
     assert dcnv2["mean_rmse"] < 1e-13  # a full W fits any quadratic form
@@ -89,13 +96,16 @@ def test_a_study_reports_runs_once_and_goes_on(tmp_path):
     again = []
     run_polynomials(recipe(tmp_path), tmp_path / "out", say=again.append)
     assert again[0] == "12 runs, 11 finished before"
-    assert len(again) == 2
+    assert len(again) == 2  # this one in a process of its own
     assert (tmp_path / "out" / "results.json").read_text() == first  # the same numbers by the same seeds
 
     changed = json.loads(json.dumps(SMALL))
-    changed["tables"]["third"]["optimiser"]["lr"] = 0.02
+    changed["tables"]["third"]["optimiser"]["adam"]["lr"] = 0.02
     with pytest.raises(UserError, match="of another recipe"):
         run_polynomials(recipe(tmp_path, changed), tmp_path / "out")
+    monkeypatch.setattr(polynomials, "PROTOCOL", polynomials.PROTOCOL + 1)
+    with pytest.raises(UserError, match="another version"):
+        run_polynomials(recipe(tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +115,11 @@ def test_a_study_reports_runs_once_and_goes_on(tmp_path):
         ({"tables": {}}, "tables"),
         ({"tables": {"a": {**SMALL["tables"]["second"], "reference": "mldcn"}}}, "none of the rivals"),
         ({"tables": {"a": {**SMALL["tables"]["second"], "targets": ["f9"]}}}, "targets"),
-        ({"tables": {"a": {**SMALL["tables"]["second"], "optimiser": {"name": "sgd"}}}}, "optimiser"),
+        ({"tables": {"a": {**SMALL["tables"]["second"], "optimiser": {}}}}, "needs adam or lbfgs"),
+        (
+            {"tables": {"a": {**SMALL["tables"]["third"], "optimiser": {"adam": {}, "starts": 2}}}},
+            "starts are compared on the rows of lbfgs",
+        ),
     ],
 )
 def test_a_recipe_is_strict(tmp_path, change, message):
@@ -168,14 +182,14 @@ def test_mldcn_fits_order_three_with_one_layer(tmp_path, monkeypatch):
     """Its mask multiplies its projection, so that one layer is a cubic; one layer of DCN-V2 is a quadratic."""
     monkeypatch.setitem(TARGETS, "cubic", lambda generator: Target(4, lambda x: x[:, 0] * x[:, 1] * x[:, 2]))
     table = PolynomialRecipe.model_validate_json(json.dumps(SMALL)).tables["second"]
-    options = Lbfgs(name="lbfgs", rows=300, iterations=150, restarts=3)
+    options = polynomials.Optimiser(lbfgs=polynomials.Lbfgs(rows=300, iterations=150), starts=3)
+    table = table.model_copy(update={"optimiser": options})
     errors = {}
     for name, interaction in (
         ("mldcn", {"name": "mldcn", "norm": "none", "activation": "identity", "rank": 1, "mask_ratio": 1.0}),
         ("dcnv2", {"name": "dcnv2"}),
     ):
-        model = Rival(title=name, interaction=interaction, optimiser=options)
-        fit = Fit("cubic", 1, 0, name, model, table, tmp_path / "none")
+        fit = Fit("cubic", 1, 0, name, Rival(title=name, interaction=interaction), table, tmp_path / "none")
         errors[name] = fit_model(fit)["rmse"]
     assert errors["mldcn"] < 1e-6
     assert errors["dcnv2"] > 0.05
@@ -187,3 +201,37 @@ def test_the_repository_s_recipe_is_valid():
     for key, table in study.tables.items():
         shallow = table.model_copy(update={"layers": table.layers[:1], "targets": table.targets[:1]})
         assert len(plan(study, key, shallow, Path("nowhere"))) == len(table.rivals) * len(study.seeds)
+
+
+def test_heads_start_at_signs():
+    torch.manual_seed(0)
+    head = Predictor(rival(cross="bare"), 64, 1, head=2.0).head.weight
+    assert set(head.flatten().tolist()) == {-2.0, 2.0}
+
+
+def test_adam_comes_before_lbfgs(tmp_path):
+    """Adam alone stays far from the minimum that L-BFGS then reaches, and the two draw different rows."""
+    second = PolynomialRecipe.model_validate_json(json.dumps(SMALL)).tables["second"]
+    adam = polynomials.Adam(steps=20, batch_size=32, lr=0.01)
+    errors = []
+    for lbfgs in (None, polynomials.Lbfgs(rows=200, iterations=100)):
+        table = second.model_copy(update={"optimiser": polynomials.Optimiser(adam=adam, lbfgs=lbfgs)})
+        model = Rival(title="x", interaction={"name": "dcnv2"})
+        errors.append(fit_model(Fit("f2", 1, 0, "dcnv2", model, table, tmp_path / "none"))["rmse"])
+    assert errors[0] > 1e-2
+    assert errors[1] < 1e-12
+
+
+def test_a_study_stopped_midway_reports_what_it_has(tmp_path, monkeypatch):
+    def some(todo, run, jobs, say):
+        here(todo[:3], run, jobs, say)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(polynomials, "run_jobs", some)
+    with pytest.raises(KeyboardInterrupt):
+        run_polynomials(recipe(tmp_path), tmp_path / "out")
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [len(cell["rmse"]) for cell in cells] == [1, 1, 1]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| DCN-V2 |" in text
+    assert "hidden" not in text  # no run of the DNN is there, and no row invents one

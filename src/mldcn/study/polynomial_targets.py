@@ -50,13 +50,13 @@ def _homogeneous(order: int) -> Callable[[torch.Generator], Target]:
 def _combined(generator: torch.Generator) -> Target:
     """Orders 1 to 4, a sine and noise.
 
-    The paper leaves the scales open. Weights of 0.2 start a single layer near the paper's 0.14. The sine's
-    weights have norm 1/2: with larger ones its fifth order, which three layers lack, would lie above the
-    noise, and the paper's three layers reach the noise.
+    The paper leaves the number of inputs and the scales open. The sine's weights have norm 1/2: with larger
+    ones its fifth order, which three layers lack, would lie above the noise, and the paper's three layers
+    reach the noise.
     """
-    features, size = 50, 0.2
+    features, size = 30, 0.2
     parts = [
-        _monomials(features, order, size * _signs(terms, generator), generator)
+        _monomials(features, order, size * torch.randn(terms, generator=generator), generator)
         for order, terms in ((2, 20), (3, 10), (4, 5))
     ]
     linear = size * torch.randn(features, generator=generator)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from mldcn.config import parse, read_yaml
@@ -24,60 +24,64 @@ from mldcn.cost.flops import meta
 from mldcn.cost.solver import Dial, solve
 from mldcn.errors import UserError
 from mldcn.files import locked, write_text
-from mldcn.interactions.base import build
-from mldcn.layout import FieldLayout
 from mldcn.schema import Strict
 from mldcn.study.jobs import run_jobs
+from mldcn.study.polynomial_models import Predictor, Rival
 from mldcn.study.polynomial_targets import TARGETS, Target, TargetName
 
 Say = Callable[[str], None]
 TEST_ROWS = 20_000
-EXACT = 1e-12  # a training RMSE below this ends the restarts
+EXACT = 1e-14  # a training RMSE below this ends the starts
 BLOCK = 64  # Adam's batches are drawn this many at a time
-
-
-class Lbfgs(Strict):
-    """Full-batch L-BFGS with a line search (strong Wolfe)."""
-
-    name: Literal["lbfgs"]
-    rows: int = Field(500, ge=1, description="of the training set")
-    iterations: int = Field(400, ge=1)
-    restarts: int = Field(3, ge=1, description="fits from other starts; the best on the training rows counts")
+# Raised by every change of the code that changes what a run finds: a finished run of another protocol is refused.
+PROTOCOL = 2
 
 
 class Adam(Strict):
     """Adam on fresh rows at every step; the rate rises over the first 5 % and falls as a cosine."""
 
-    name: Literal["adam"]
     steps: int = Field(2000, ge=1)
     batch_size: int = Field(256, ge=1)
     lr: float = Field(0.01, gt=0)
 
 
-class Rival(Strict):
-    """A model: an interaction and a head ``w^T x`` without a bias, as the paper's sizes have it."""
+class Lbfgs(Strict):
+    """L-BFGS with a line search (strong Wolfe) on a whole training set; goes on from Adam's weights."""
 
-    interaction: dict[str, Any]
-    title: str = Field(..., min_length=1)
-    cross: Literal["bare", "bias", "rank_one"] | None = Field(
-        None, description="in place of the interaction, cross layers taken apart, see VariedCross"
-    )
-    depth: str | None = Field(
-        "num_layers", description="option that is the number of layers; a list is repeated"
-    )
-    match: str | None = Field(None, description="width that is turned until the size is the reference's")
-    optimiser: Lbfgs | Adam | None = Field(None, description="in place of the table's")
-    paper: dict[TargetName, tuple[float, ...]] = Field({}, description="the paper's RMSE by layers")
+    rows: int = Field(500, ge=1, description="of the training set")
+    iterations: int = Field(400, ge=1)
+
+
+class Optimiser(Strict):
+    """How every model of a table is fitted."""
+
+    adam: Adam | None = None
+    lbfgs: Lbfgs | None = None
+    starts: int = Field(1, ge=1, description="fits from other weights; the best on L-BFGS's rows counts")
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Optimiser:
+        if not (self.adam or self.lbfgs):
+            raise ValueError("needs adam or lbfgs")
+        if self.starts > 1 and not self.lbfgs:
+            raise ValueError("starts are compared on the rows of lbfgs, which is not there")
+        return self
 
 
 class Table(Strict):
-    """Models fitted to targets by one optimiser."""
+    """Models fitted to targets in one way."""
 
     title: str
     targets: tuple[TargetName, ...] = Field(..., min_length=1)
     layers: tuple[int, ...] = Field((1,), min_length=1)
-    optimiser: Annotated[Lbfgs | Adam, Field(discriminator="name")]
+    optimiser: Optimiser
     dtype: Literal["float32", "float64"]
+    head: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0,),
+        min_length=1,
+        description="sizes of the weights that the head starts with, one after the other by starts: a large head "
+        "hardly moves, which leaves a cross layer a nearly linear problem; a DNN wants a small one",
+    )
     reference: str = Field("dcnv2", description="the rival whose size others match")
     rivals: dict[str, Rival] = Field(..., min_length=1)
 
@@ -96,65 +100,6 @@ class PolynomialRecipe(Strict):
     seeds: tuple[int, ...] = Field((0, 1, 2, 3, 4), min_length=1)
     tables: dict[str, Table] = Field(..., min_length=1)
     notes: tuple[str, ...] = ()
-
-
-class VariedCross(nn.Module):
-    """Cross layers of DCN V2 taken apart (Figure 4).
-
-    ``bare``: ``x0 * (W x)``. ``bias``: ``x0 * (W x + b)``. ``rank_one``: ``x0 * (1 w^T x + b) + x``, the
-    DCN that Section 6 compares with: Eq. 1 with ``W = 1 w^T``.
-    """
-
-    def __init__(self, features: int, num_layers: int, kind: Literal["bare", "bias", "rank_one"]) -> None:
-        super().__init__()
-        self.out_features = features
-        rows = 1 if kind == "rank_one" else features
-        self.linears = nn.ModuleList(nn.Linear(features, rows, bias=False) for _ in range(num_layers))
-        for linear in self.linears:
-            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")  # type: ignore[arg-type]
-        self.biases = nn.ParameterList(
-            nn.Parameter(torch.zeros(features), requires_grad=kind != "bare") for _ in range(num_layers)
-        )
-        self.residual = kind == "rank_one"
-
-    def forward(self, x0: Tensor) -> Tensor:
-        """``(B, d) -> (B, d)``."""
-        x = x0
-        for linear, bias in zip(self.linears, self.biases, strict=True):
-            crossed = x0 * (linear(x) + bias)
-            x = crossed + x if self.residual else crossed
-        return x
-
-
-class Predictor(nn.Module):
-    """An interaction on fields one column wide, and the head."""
-
-    def __init__(self, rival: Rival, features: int, layers: int) -> None:
-        super().__init__()
-        self.interaction: nn.Module
-        if rival.cross:
-            self.interaction = VariedCross(features, layers, rival.cross)
-            out = features
-        else:
-            options = dict(rival.interaction)
-            if rival.depth:
-                option = options.get(rival.depth)
-                options[rival.depth] = option * layers if isinstance(option, list) else layers
-            interaction = build(options, FieldLayout.uniform(features, 1))
-            self.interaction, out = interaction, interaction.out_features
-        self.head = nn.Linear(out, 1, bias=False)
-        # As in Theorem 4.1. Random weights near zero make some crosses far harder to fit than others.
-        nn.init.ones_(self.head.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, d) -> (B,)``."""
-        out: Tensor = self.head(self.interaction(x))
-        return out[:, 0]
-
-    @property
-    def size(self) -> int:
-        """Learned parameters."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
 def load_polynomials(path: Path) -> PolynomialRecipe | None:
@@ -185,19 +130,16 @@ class Fit:
     def what_counts(self) -> dict[str, Any]:
         """What the result depends on."""
         return {
+            "protocol": PROTOCOL,
             "target": self.target,
             "layers": self.layers,
             "seed": self.seed,
             "dtype": self.table.dtype,
-            "optimiser": self.optimiser.model_dump(mode="json"),
+            "head": list(self.table.head),
+            "optimiser": self.table.optimiser.model_dump(mode="json"),
             "interaction": self.rival.interaction,
             "cross": self.rival.cross,
         }
-
-    @property
-    def optimiser(self) -> Lbfgs | Adam:
-        """The rival's own, or the table's."""
-        return self.rival.optimiser or self.table.optimiser
 
     def finished(self) -> bool:
         """Whether the run's result is there.
@@ -209,8 +151,8 @@ class Fit:
             return False
         if json.loads(self.file.read_text(encoding="utf-8"))["run"] != self.what_counts():
             raise UserError(
-                f"{self.file}: is of another recipe; has the recipe changed? Remove the file, or name another "
-                "folder with --out"
+                f"{self.file}: is of another recipe or of another version of mldcn. Remove the file, or name "
+                "another folder with --out"
             )
         return True
 
@@ -239,12 +181,14 @@ def run_polynomials(
         planned.sort(key=lambda fit: recipe.seeds.index(fit.seed))  # a study cut short has whole tables
         todo = [fit for fit in planned if not fit.finished()]
         say(f"{len(planned)} runs, {len(planned) - len(todo)} finished before")
-        run_jobs(todo, _run, jobs, say)
-        cells = _cells(recipe, planned)
-        write_text(out / "results.json", json.dumps(cells, indent=1) + "\n")
-        page = report(recipe, cells)
-        write_text(out / "results.md", page.to_markdown())
-        page.write(out / "results.html")
+        try:
+            run_jobs(todo, _run, jobs, say)
+        finally:  # also of what a stopped study has
+            cells = _cells(recipe, planned)
+            page = report(recipe, cells)
+            write_text(out / "results.json", json.dumps(cells, indent=1) + "\n")
+            write_text(out / "results.md", page.to_markdown())
+            page.write(out / "results.html")
     return cells
 
 
@@ -306,50 +250,53 @@ def fit_model(fit: Fit) -> dict[str, Any]:
     def fresh(start: int) -> Predictor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1000 * fit.seed + start)
-            return Predictor(fit.rival, target.features, fit.layers).to(dtype)
+            head = fit.table.head[start % len(fit.table.head)]
+            return Predictor(fit.rival, target.features, fit.layers, head).to(dtype)
 
-    if isinstance(fit.table.optimiser, Lbfgs):
-        model = _fit_lbfgs(
-            fresh, target.draw(fit.table.optimiser.rows, generator, dtype), fit.table.optimiser
-        )
-    else:
-        model = _fit_adam(fresh(0), target, fit.table.optimiser, generator, dtype)
-    return {"parameters": model.size, "rmse": _rmse(model, *test)}
-
-
-def _fit_lbfgs(fresh: Callable[[int], Predictor], rows: tuple[Tensor, Tensor], options: Lbfgs) -> Predictor:
-    best, least = fresh(0), math.inf
-    x, y = rows
-    for start in range(options.restarts):
+    options = fit.table.optimiser
+    batches = torch.Generator().manual_seed(3_000_000 + fit.seed)
+    rows = target.draw(options.lbfgs.rows, generator, dtype) if options.lbfgs else None
+    best: Predictor | None = None
+    least = math.inf
+    for start in range(options.starts):
         model = fresh(start)
-        optimiser = torch.optim.LBFGS(
-            model.parameters(),
-            max_iter=options.iterations,
-            max_eval=2 * options.iterations,
-            history_size=20,
-            tolerance_grad=1e-15,  # reached where the fit is exact
-            tolerance_change=0,
-            line_search_fn="strong_wolfe",
-        )
-
-        def loss(model: Predictor = model, optimiser: torch.optim.Optimizer = optimiser) -> Tensor:
-            optimiser.zero_grad()
-            value = mse_loss(model(x), y)
-            value.backward()  # type: ignore[no-untyped-call]
-            return value
-
-        optimiser.step(loss)  # type: ignore[no-untyped-call]
-        found = _rmse(model, x, y)
-        if found < least:  # never where it is not a number
+        if options.adam:
+            _fit_adam(model, target, options.adam, batches, dtype)
+        if options.lbfgs and rows:
+            _fit_lbfgs(model, rows, options.lbfgs)
+        found = _rmse(model, *(rows or test))
+        if best is None or found < least:  # never where it is not a number
             best, least = model, found
         if least < EXACT:
             break
-    return best
+    assert best is not None
+    return {"parameters": best.size, "rmse": _rmse(best, *test)}
+
+
+def _fit_lbfgs(model: Predictor, rows: tuple[Tensor, Tensor], options: Lbfgs) -> None:
+    x, y = rows
+    optimiser = torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=options.iterations,
+        max_eval=2 * options.iterations,
+        history_size=20,
+        tolerance_grad=1e-17,  # about as large as the RMSE: the fit is exact where this ends it
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = mse_loss(model(x), y)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
 
 
 def _fit_adam(
     model: Predictor, target: Target, options: Adam, generator: torch.Generator, dtype: torch.dtype
-) -> Predictor:
+) -> None:
     optimiser = torch.optim.Adam(model.parameters(), lr=options.lr, betas=(0.9, 0.99), fused=True)
     warm = 0.05
     batches: list[tuple[Tensor, Tensor]] = []
@@ -367,7 +314,6 @@ def _fit_adam(
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    return model
 
 
 def _rmse(model: Predictor, x: Tensor, y: Tensor) -> float:
@@ -376,10 +322,12 @@ def _rmse(model: Predictor, x: Tensor, y: Tensor) -> float:
 
 
 def _cells(recipe: PolynomialRecipe, planned: list[Fit]) -> list[dict[str, Any]]:
-    """Runs that differ only in the seed as one row."""
+    """Finished runs that differ only in the seed as one row."""
     cells: dict[Path, dict[str, Any]] = {}
     tables = {id(table): key for key, table in recipe.tables.items()}
     for fit in planned:
+        if not fit.file.exists():
+            continue
         key = fit.file.parent / str(fit.layers)
         result = json.loads(fit.file.read_text(encoding="utf-8"))
         paper = fit.rival.paper.get(fit.target, ())
@@ -391,6 +339,7 @@ def _cells(recipe: PolynomialRecipe, planned: list[Fit]) -> list[dict[str, Any]]
                 "target": fit.target,
                 "layers": fit.layers,
                 "rival": fit.name,
+                "width": _width(fit.rival),
                 "parameters": result["parameters"],
                 "paper": paper[at] if at < len(paper) else None,
                 "rmse": [],
@@ -400,3 +349,11 @@ def _cells(recipe: PolynomialRecipe, planned: list[Fit]) -> list[dict[str, Any]]
     for cell in cells.values():
         cell["mean_rmse"] = sum(cell["rmse"]) / len(cell["rmse"])
     return list(cells.values())
+
+
+def _width(rival: Rival) -> dict[str, Any] | None:
+    """The option that was turned until the size matched."""
+    if rival.match is None:
+        return None
+    value = rival.interaction[rival.match]
+    return {"option": rival.match, "value": value[0] if isinstance(value, list) else value}
