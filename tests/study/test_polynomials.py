@@ -233,5 +233,6 @@ def test_a_study_stopped_midway_reports_what_it_has(tmp_path, monkeypatch):
     cells = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [len(cell["rmse"]) for cell in cells] == [1, 1, 1]
     text = (tmp_path / "out" / "results.md").read_text()
+    assert "Not finished: 3 of 12 runs" in text
     assert "| DCN-V2 |" in text
     assert "hidden" not in text  # no run of the DNN is there, and no row invents one

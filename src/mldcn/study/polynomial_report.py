@@ -21,6 +21,12 @@ def report(recipe: PolynomialRecipe, cells: list[dict[str, Any]]) -> Page:
         cells: what its runs found, as :func:`mldcn.study.polynomials.run_polynomials` gives it.
     """
     page = Page(recipe.title, subtitle="RMSE on unseen rows, mean over the runs (least to most)")
+    found = sum(len(cell["rmse"]) for cell in cells)
+    planned = len(recipe.seeds) * sum(
+        len(fits.targets) * len(fits.layers) * len(fits.rivals) for fits in recipe.tables.values()
+    )
+    if found < planned:
+        page.add(Paragraph(f"Not finished: {found} of {planned} runs so far."))
     if recipe.notes:
         page.add(Heading("Readings"), Bullets(recipe.notes))
     for key, fits in recipe.tables.items():
@@ -29,7 +35,8 @@ def report(recipe: PolynomialRecipe, cells: list[dict[str, Any]]) -> Page:
         if len(fits.layers) == 1:
             page.add(_by_target(fits, mine, key))
         else:
-            page.add(*(_by_layers(fits, mine, key, target) for target in fits.targets))
+            begun = [target for target in fits.targets if any(cell["target"] == target for cell in mine)]
+            page.add(*(_by_layers(fits, mine, key, target) for target in begun))
     return page
 
 
@@ -77,7 +84,7 @@ def _by_layers(fits: Fits, cells: list[dict[str, Any]], key: str, target: str) -
     quoted = any(cell["paper"] is not None for cell in cells if cell["target"] == target)
     columns = [Column(name="model")]
     for layers in fits.layers:
-        columns.append(Column(name=f"{layers} layer" + "s" * (layers > 1), format=FORMAT, best="min"))
+        columns.append(Column(name=f"{layers} layer" + "s" * (layers > 1), format=".2e", best="min"))
         if quoted:
             columns.append(Column(name=f"{layers}, paper", format=".2e"))
     columns += [Column(name="parameters"), Column(name="runs")]
