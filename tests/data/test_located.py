@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from tests.data.data_cases import schema
+from data_cases import schema
 
 from mldcn.config import DataConfig
 from mldcn.data import cells
