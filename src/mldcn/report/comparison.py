@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mldcn.report import plots
 from mldcn.report.blocks import (
@@ -22,14 +22,13 @@ from mldcn.report.blocks import (
 from mldcn.report.page import Page
 from mldcn.report.plots import Curve, Point
 from mldcn.report.summary import FeatureSummary, Metrics, RunSummary, metric_column, metric_names, task_names
-from mldcn.report.table import Cell, Column, Interval, Label, Table
+from mldcn.report.table import Cell, Column, Interval, Label, Table, table_of
 from mldcn.report.text import known, number, percent, slug
 from mldcn.report.wording import AUC, finding, reading, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Plot
 
-Row = TypeVar("Row")
 MetricsRow = tuple[str, str, Mapping[str, float]]  # task, split, metrics
 
 
@@ -163,7 +162,7 @@ def quality_table(
     for name, value in (attainable or {}).items():
         if name != AUC and known(value):
             notes.append(f"{metric_column(name).name} of the true probabilities: {number(value, '.4f')}.")
-    return _table(f"{task}: test metrics", runs, columns, name=f"quality-{slug(task)}", notes=notes)
+    return table_of(f"{task}: test metrics", runs, columns, name=f"quality-{slug(task)}", notes=notes)
 
 
 def features_table(features: Sequence[FeatureSummary]) -> Table:
@@ -176,7 +175,7 @@ def features_table(features: Sequence[FeatureSummary]) -> Table:
         (Column(name="Width in x0"), lambda feature: feature.width),
         (Column(name="Missing", format=".1%"), lambda feature: feature.missing),
     ]
-    return _table("Features of the log", features, columns, name="features")
+    return table_of("Features of the log", features, columns, name="features")
 
 
 def comparison_plots(
@@ -230,26 +229,6 @@ def comparison_plots(
     return drawn
 
 
-def _table(
-    caption: str,
-    rows: Sequence[Row],
-    columns: Sequence[tuple[Column, Callable[[Row], Cell]]],
-    *,
-    name: str,
-    notes: Sequence[str] = (),
-) -> Table:
-    """A table of those columns that say something of any row."""
-    cells = [[cell(row) for row in rows] for _, cell in columns]
-    shown = [i for i in range(len(columns)) if i == 0 or any(cell is not None for cell in cells[i])]
-    return Table(
-        caption,
-        [columns[i][0] for i in shown],
-        [[cells[i][r] for i in shown] for r in range(len(rows))],
-        name,
-        notes,
-    )
-
-
 def _metrics_table(run: RunSummary, attainable: Metrics) -> Table:
     """A single run's metrics, a row a task and split."""
     rows: list[MetricsRow] = []
@@ -264,7 +243,7 @@ def _metrics_table(run: RunSummary, attainable: Metrics) -> Table:
         # Rows of one model are of different tasks and splits: there is no best one.
         column = replace(metric_column(name), best=None)
         columns.append((column, _cell_of(run, name)))
-    return _table("Metrics by task", rows, columns, name="metrics")
+    return table_of("Metrics by task", rows, columns, name="metrics")
 
 
 def _cell_of(run: RunSummary, name: str) -> Callable[[MetricsRow], Cell]:
@@ -290,7 +269,7 @@ def _cost_table(runs: Sequence[RunSummary]) -> list[Block]:
         (Column(name="Training time", format="duration"), lambda run: run.seconds),
         (Column(name="Training rows", unit="a second", format="si"), lambda run: run.rows_per_second),
     ]
-    table = _table(
+    table = table_of(
         "What each model costs" if len(runs) > 1 else "What the model costs", runs, columns, name="cost"
     )
     return [table] if len(table.columns) > 1 else []

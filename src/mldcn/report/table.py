@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from mldcn.report.text import DASH, clean, escape, escape_markdown, known, number
 
 Best = Literal["max", "min", "one"]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,21 @@ class Table:
                 "Bold: the best number of its column, whether or not the others differ beyond chance."
             )
         return notes + list(self.notes)
+
+
+def table_of(
+    caption: str,
+    rows: Sequence[Row],
+    columns: Sequence[tuple[Column, Callable[[Row], Cell]]],
+    *,
+    name: str,
+    notes: Sequence[str] = (),
+) -> Table:
+    """A table of those columns that say something of any row; the first is always there."""
+    cells = [[cell(row) for row in rows] for _, cell in columns]
+    kept = [i for i in range(len(columns)) if i == 0 or any(cell not in (None, "") for cell in cells[i])]
+    body = [[cells[i][r] for i in kept] for r in range(len(rows))]
+    return Table(caption, [columns[i][0] for i in kept], body, name, notes)
 
 
 def _class(numeric: bool) -> str:

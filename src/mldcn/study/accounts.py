@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from mldcn.report.summary import metric_column
-from mldcn.report.table import Cell, Column, Label, Table
+from mldcn.report.table import Cell, Column, Label, Table, table_of
 from mldcn.study.constraints import Verdicts
 from mldcn.study.findings import Standing
 from mldcn.study.outline import Outline, key_title, metric_title
 from mldcn.study.rows import RunRow
-from mldcn.study.tables import table_of
 
 _SIGNS = {True: "✓", False: "✗", None: ""}
 

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 from mldcn.metrics import metric_info
-from mldcn.report.table import Cell, Column, Interval, Label, Table
+from mldcn.report.table import Cell, Column, Interval, Label, Table, table_of
 from mldcn.report.text import number, slug
 from mldcn.study.findings import Estimate, Gain, Power, Standing
 from mldcn.study.outline import Outline, cost_title, key_title, listed, metric_title, whose
 from mldcn.study.quoted import Quoted
 
-Row = TypeVar("Row")
 _GAIN = "+.5f"
 _BASELINE = "baseline"
-
-
-def table_of(
-    caption: str,
-    rows: Sequence[Row],
-    columns: Sequence[tuple[Column, Callable[[Row], Cell]]],
-    *,
-    name: str,
-    notes: Sequence[str] = (),
-) -> Table:
-    """A table of those columns that say something of any row."""
-    cells = [[cell(row) for row in rows] for _, cell in columns]
-    kept = [i for i in range(len(columns)) if i == 0 or any(cell not in (None, "") for cell in cells[i])]
-    body = [[cells[i][r] for i in kept] for r in range(len(rows))]
-    return Table(caption, [columns[i][0] for i in kept], body, name, notes)
 
 
 def estimate_cell(estimate: Estimate | None) -> Cell:
