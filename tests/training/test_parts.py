@@ -76,7 +76,10 @@ def test_average_of_touched_rows_equals_the_dense_average():
         assert torch.equal(parameter, raw[name])
 
 
-def test_the_first_signal_asks_and_the_second_interrupts():
+def test_the_first_signal_asks_and_the_second_interrupts(request):
+    # A shell that starts the tests in the background has SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), stop_signals() as asked:
         assert not asked.is_set()
         signal.raise_signal(signal.SIGINT)
