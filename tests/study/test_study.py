@@ -265,6 +265,18 @@ def test_a_space_that_cannot_be_is_refused(folder, trainer, space, message):
         study(folder, {"tuning": {"trials": 2, **space}})
 
 
+def test_draws_that_fit_no_budget_give_way_to_draws_at_random(folder, trainer, monkeypatch):
+    """What was tried may draw on the same unfit choice for ever."""
+
+    def propose(space, done, seed, *, higher):
+        return {**real(space, done, seed, higher=higher), **({ratio: 300.0} if done else {ratio: 0.5})}
+
+    real, ratio = plan.propose, "model.interaction.mask_ratio"
+    monkeypatch.setattr(plan, "propose", propose)
+    found = study(folder, {"tuning": {"trials": 3, "own": {"mldcn": {ratio: [0.5, 300.0]}}}})
+    assert [r.settings.get(ratio) for r in found.rows if r.rival == "mldcn" and r.stage == "tune"][-1] == 0.5
+
+
 def test_the_plan_shows_the_widths_and_trains_nothing(folder, trainer):
     class Plan(Watcher):
         def planned(self, lines, standing):

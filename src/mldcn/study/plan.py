@@ -145,7 +145,9 @@ class Planner:
         if number == 0 or not space:
             return self.trial_of(rival, number, self.as_it_is(rival, space), done)
         for attempt in range(ATTEMPTS):
-            settings = propose(space, done, ATTEMPTS * (tuning.seed + number) + attempt, higher=higher)
+            # What was tried says nothing of widths: drawn from it again and again, no other choice would come.
+            known = done if attempt < ATTEMPTS // 2 else ()
+            settings = propose(space, known, ATTEMPTS * (tuning.seed + number) + attempt, higher=higher)
             if self._meets_all(rival, settings):
                 return self.trial_of(rival, number, settings, done)
         raise UserError(
