@@ -25,13 +25,13 @@ Bools = NDArray[np.bool_]
 
 # Behind a text, so that twelve bytes can be read from each of its cells.
 _SPARE = 16
-# What is worked on at a time stays in a core's cache.
-_SLICE_BYTES = 1 << 18
+# What is worked on at a time: it should stay in a core's cache, yet take long enough that another thread can get
+# hold of the interpreter in the meantime.
+_SLICE_BYTES = 1 << 20
 _NEWLINE = ord("\n")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MINUS = np.uint64(ord("-"))
 _ZEROS = np.uint64(0x3030303030303030)
-_UPPER = np.uint64(0xF0F0F0F0F0F0F0F0)
 # Eight digits as a number: neighbours are joined, three times (Lemire 2018, "parse eight digits").
 _JOINS = [
     (np.uint64(mask), np.uint64(factor), np.uint64(shift))
@@ -132,25 +132,38 @@ class Located:
     def _read(self) -> tuple[Keys, Bools, Floats, Bools]:
         """The ids' words, and whether all of a column are short; numbers, and whether all are whole."""
         rows, wanted = self.num_rows, self.wanted
-        places = np.array([wanted.names.index(name) for name in (*wanted.ids, *wanted.numbers)], np.int64)
-        ids, numbers = len(wanted.ids), len(wanted.numbers)
-        words, short = np.empty((ids, rows), np.uint64), np.ones(ids, bool)
-        values, whole = np.empty((numbers, rows), np.float64), np.ones(numbers, bool)
+        ids, numbers = (
+            np.array([wanted.names.index(name) for name in names], np.int64)
+            for names in (wanted.ids, wanted.numbers)
+        )
+        words, short = np.empty((len(wanted.ids), rows), np.uint64), np.ones(len(wanted.ids), bool)
+        values, whole = np.empty((len(wanted.numbers), rows), np.float64), np.ones(len(wanted.numbers), bool)
         size = int(self.ends[-1, -1] - self.firsts[0]) if rows else 0
         step = max(1, rows * _SLICE_BYTES // max(size, 1))
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            stops = np.concatenate([self.firsts[None, part] - 1, self.ends[part].T], dtype=np.int64)
-            starts, lengths = stops[places], stops[places + 1]
-            starts += 1
-            lengths -= starts
-            found = self._words[starts]
-            found &= WORD_MASKS.take(lengths, mode="clip")
-            words[:, part] = found[:ids]
-            short &= (lengths[:ids] <= 8).all(axis=1)
-            values[:, part], good = _whole_numbers(found[ids:], lengths[ids:], wanted.missing_words)
+            stops = np.empty((len(wanted.names) + 1, len(self.firsts[part])), np.int64)
+            stops[0] = self.firsts[part] - 1
+            stops[1:] = self.ends[part].T
+            found, lengths = self._cells(stops, ids)
+            np.bitwise_and(found, WORD_MASKS.take(lengths, mode="clip"), out=words[:, part])
+            short &= (lengths <= 8).all(axis=1)
+            values[:, part], good = _whole_numbers(*self._cells(stops, numbers), wanted.missing_words)
             whole &= good
         return words, short, values, whole
+
+    def _cells(self, stops: Longs, columns: Longs) -> tuple[Keys, Longs]:
+        """The 8 bytes from the beginning of each cell on, and the cells' lengths; by column.
+
+        Args:
+            stops: where the rows before end, and then their cells, ``(1 + all columns, n)``.
+            columns: those to read.
+        """
+        starts, ends = stops.take(columns, axis=0), stops.take(columns + 1, axis=0)
+        starts += 1
+        ends -= starts
+        # By one number each: NumPy is slower where places have two axes.
+        return self._words[starts.ravel()].reshape(starts.shape), ends
 
     @cached_property
     def _words(self) -> Keys:
@@ -160,34 +173,48 @@ class Located:
 
 
 def _whole_numbers(words: Keys, lengths: Longs, missing: Keys) -> tuple[Floats, Bools]:
-    """Texts of up to 8 bytes as numbers, by column; and whether all of a column are whole numbers or missing."""
-    absent = np.zeros(words.shape, bool)
-    for word in missing:
-        absent |= (words == word) & (lengths <= 8)
-    negative = (words & np.uint64(0xFF)) == _MINUS
-    if negative.any():
-        words = np.where(negative, words >> np.uint64(8), words)
-        lengths = lengths - negative
-    # The last digit stands in the last byte, with zeros before the first.
-    shift = ((8 - lengths) << 3).view(np.uint64)
-    words = words << shift
-    words |= _ZEROS >> (np.uint64(64) - shift)
-    # The upper half of a digit is 3, also when 6 is added.
-    upper = words + np.uint64(0x0606060606060606)
-    upper &= _UPPER
-    upper >>= np.uint64(4)
-    upper |= words & _UPPER
-    odd = upper != np.uint64(0x3333333333333333)
-    odd |= (lengths < 1) | (lengths > 8)
+    """Texts as numbers, by column; and whether all of a column are missing, or whole numbers of up to 8 digits.
+
+    Args:
+        words: the 8 bytes from the beginning of each text on.
+        lengths: of the texts.
+        missing: the texts that mean a missing number.
+    """
+    values, odd = _digits(words, lengths)
+    absent = (lengths == 0) & (0 in missing)
+    others = missing[missing != 0]
+    if len(others):
+        masked = words & WORD_MASKS.take(lengths, mode="clip")
+        for word in others:
+            absent |= (masked == word) & (lengths <= 8)
+    np.copyto(values, np.nan, where=absent)
     odd &= ~absent
+    if odd.any():
+        # The odd ones may be negative.
+        at = np.nonzero(odd)
+        found, still = _digits(words[at] >> np.uint64(8), lengths[at] - 1)
+        values[at] = -found
+        odd[at] = still | ((words[at] & np.uint64(0xFF)) != _MINUS)
+    good: Bools = ~odd.any(axis=1)
+    return values, good
+
+
+def _digits(words: Keys, lengths: Longs) -> tuple[Floats, Bools]:
+    """Texts of 1 to 8 digits as numbers; and which texts are something else."""
+    # The last digit comes into the last byte; what is behind it falls off, zeros come before the first.
+    digits = words ^ _ZEROS
+    digits <<= ((8 - lengths) << 3).view(np.uint64)
+    # A digit's upper half is 0, also when 6 is added.
+    above = digits + np.uint64(0x7676767676767676)
+    above |= digits
+    above &= np.uint64(0x8080808080808080)
+    odd = above != 0
+    odd |= (lengths - 1).view(np.uint64) > 7
     for mask, factor, by in _JOINS:
-        words &= mask
-        words *= factor
-        words >>= by
-    values = words.view(np.int64).astype(np.float64)
-    np.negative(values, out=values, where=negative)
-    values[absent] = np.nan
-    return values, ~odd.any(axis=1)
+        digits &= mask
+        digits *= factor
+        digits >>= by
+    return digits.view(np.int64).astype(np.float64), odd
 
 
 def locate(
@@ -247,9 +274,9 @@ class _Rows:
             lines = part == _NEWLINE
             self.count += int(np.count_nonzero(lines))
             lines |= part == self._delimiter
-            ends = np.flatnonzero(lines)
-            ends += self._size + start
-            self._ends.append(ends.astype(np.int32))
+            ends = np.flatnonzero(lines).astype(np.int32)
+            ends += np.int32(self._size + start)
+            self._ends.append(ends)
             self._marks += len(ends)
         self._texts.append(text)
         self._size += len(text)

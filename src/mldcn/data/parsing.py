@@ -154,8 +154,9 @@ def number_columns(schema: Schema) -> set[str]:
 
 
 def id_columns(schema: Schema) -> set[str]:
-    """The columns that single ids are made of."""
-    return {feature.log_column for feature in schema.features if isinstance(feature, Categorical)}
+    """The columns that single ids are made of, and labels as they stand."""
+    labels = {label.log_column for label in schema.labels if label.at_least is None}
+    return labels | {feature.log_column for feature in schema.features if isinstance(feature, Categorical)}
 
 
 def salvage(block: RawBlock, work: Callable[[RawBlock], Out]) -> tuple[Out, RawBlock]:
@@ -272,15 +273,22 @@ def _times(block: RawBlock, name: str | None, *, required: bool) -> cells.Floats
 
 
 def _single(block: RawBlock, name: str) -> Ids:
-    if isinstance(block.rows, Located):
-        words = block.rows.id_words(name)
-        if words is not None:
-            missing = block.rows.wanted.missing_words
-            return Ids.of_words(words, missing, lambda distinct: cells.texts(block, name, distinct))
+    def meant(distinct: pa.Array) -> pa.Array:
+        return cells.texts(block, name, distinct)
+
+    ids = _short_ids(block, name, meant)
+    if ids is not None:
+        return ids
     array = cells.column(block, name)
-    if not cells.is_text(array.type):
-        return Ids.of(cells.texts(block, name, array))
-    return Ids.of(array, lambda distinct: cells.texts(block, name, distinct))
+    return Ids.of(array, meant) if cells.is_text(array.type) else Ids.of(meant(array))
+
+
+def _short_ids(
+    block: RawBlock, name: str, meant: Callable[[pa.Array], pa.Array] = lambda texts: texts
+) -> Ids | None:
+    """The ids of a column that is only located; None unless all are short."""
+    words = block.rows.id_words(name) if isinstance(block.rows, Located) else None
+    return None if words is None else Ids.of_words(words, block.rows.wanted.missing_words, meant)
 
 
 def _key(block: RawBlock, name: str | None) -> NDArray[np.int64]:
@@ -377,18 +385,19 @@ def _bad_cells(
 
 def _label(block: RawBlock, label: Label) -> cells.Floats:
     name = label.log_column
-    array = cells.column(block, name)
     if label.at_least is not None:
-        values = cells.numbers(block, name, array)
+        values = cells.numbers(block, name)
         return np.where(np.isnan(values), np.nan, values >= label.at_least)
-    if cells.is_text(array.type):
-        coded = array.dictionary_encode()
-        truths = [_TRUTHS.get(text.strip().lower(), np.inf) for text in coded.dictionary.to_pylist()]
-        # The last truth is that of a null.
-        codes = pc.fill_null(coded.indices, len(truths)).to_numpy(zero_copy_only=False)
-        values = np.array([*truths, np.nan])[codes]
+    ids = _short_ids(block, name)
+    if ids is None and cells.is_text((array := cells.column(block, name)).type):
+        ids = Ids.of(array)
+    if ids is not None:
+        texts = ids.texts.take(np.arange(len(ids.texts))).to_pylist()
+        truths = [_TRUTHS.get(text.strip().lower(), np.inf) for text in texts]
+        # The last truth is that of a missing label, whose code is -1.
+        values = np.array([*truths, np.nan])[ids.codes[:, 0]]
     else:
-        values = cells.numbers(block, name, array)
+        values = cells.numbers(block, name)
     wrong = np.flatnonzero(~np.isnan(values) & (values != 0) & (values != 1))
     if len(wrong):
         problem = (
