@@ -148,8 +148,8 @@ class Located:
             found, lengths = self._cells(stops, ids)
             np.bitwise_and(found, WORD_MASKS.take(lengths, mode="clip"), out=words[:, part])
             short &= (lengths <= 8).all(axis=1)
-            values[:, part], good = _whole_numbers(*self._cells(stops, numbers), wanted.missing_words)
-            whole &= good
+            values[:, part], odd = _whole_numbers(*self._cells(stops, numbers), wanted.missing_words)
+            whole &= ~odd.any(axis=1)
         return words, short, values, whole
 
     def _cells(self, stops: Longs, columns: Longs) -> tuple[Keys, Longs]:
@@ -173,7 +173,7 @@ class Located:
 
 
 def _whole_numbers(words: Keys, lengths: Longs, missing: Keys) -> tuple[Floats, Bools]:
-    """Texts as numbers, by column; and whether all of a column are missing, or whole numbers of up to 8 digits.
+    """Texts as numbers; and which are neither missing nor whole numbers of up to 8 digits, or 7 below 0.
 
     Args:
         words: the 8 bytes from the beginning of each text on.
@@ -181,7 +181,7 @@ def _whole_numbers(words: Keys, lengths: Longs, missing: Keys) -> tuple[Floats, 
         missing: the texts that mean a missing number.
     """
     values, odd = _digits(words, lengths)
-    absent = (lengths == 0) & (0 in missing)
+    absent = lengths == 0 if 0 in missing else np.zeros(lengths.shape, bool)
     others = missing[missing != 0]
     if len(others):
         masked = words & WORD_MASKS.take(lengths, mode="clip")
@@ -195,8 +195,7 @@ def _whole_numbers(words: Keys, lengths: Longs, missing: Keys) -> tuple[Floats, 
         found, still = _digits(words[at] >> np.uint64(8), lengths[at] - 1)
         values[at] = -found
         odd[at] = still | ((words[at] & np.uint64(0xFF)) != _MINUS)
-    good: Bools = ~odd.any(axis=1)
-    return values, good
+    return values, odd
 
 
 def _digits(words: Keys, lengths: Longs) -> tuple[Floats, Bools]:
