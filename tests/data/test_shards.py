@@ -1,3 +1,4 @@
+import ctypes
 import json
 from itertools import chain
 
@@ -148,6 +149,32 @@ def test_batches_own_their_memory(tmp_path):
     for batch in encoded.batches(4):
         batch.dense.zero_()
     assert next(encoded.batches(4)).dense.sum() == 6
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [("sizes", ctypes.c_size_t * 10)]
+
+
+def bytes_in_use() -> int:
+    """What the process has from malloc."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _MallInfo
+    return mallinfo().sizes[7]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_reading_keeps_nothing_of_the_blocks(tmp_path, shuffle):
+    """What stayed of a block would lie between the batches' large arrays, and the heap would grow with the log."""
+    blocks = 300
+    encoded = written(tmp_path / "train", blocks=(10,) * blocks)
+    list(written(tmp_path / "other").batches(10, shuffle=shuffle))  # makes what is made once
+    before = bytes_in_use()
+    count = sum(len(batch.labels) for batch in encoded.batches(64, shuffle=shuffle))
+    count += sum(len(piece["user"]) for piece in encoded.pieces(("user", "request", "time"), 64))
+    assert count == 2 * 10 * blocks
+    # Arrow's description of a block takes 4,600.
+    assert bytes_in_use() - before < 200 * blocks
 
 
 def test_matrices_without_columns(tmp_path):

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from mldcn.data.batch import Batch, EncodedLayout
 from mldcn.data.encoder import EncodedBlock
 from mldcn.errors import UserError
-from mldcn.files import checksum, sync_folder, write_text, writing
+from mldcn.files import checksum, sync_file, sync_folder, write_text, writing
 
 FORMAT = 1
 CHUNK_ROWS = 4_096
@@ -39,7 +38,6 @@ WINDOW_BYTES = 256 << 20
 FILE_ROWS = 1 << 20
 
 _MANIFEST = "manifest.json"
-_OPEN_BLOCKS = 1_024
 _MATRICES = ("ids", "dense", "labels")
 _BATCH = ("ids", "dense", "labels", "weight", "position")
 _TYPES: dict[str, pa.DataType] = {
@@ -65,11 +63,19 @@ class ShardFiles:
         folder: the folder; it is made if need be.
         layout: what the columns are.
         files: what an earlier writer of the same rows had finished, as :attr:`files` told; go on behind them.
+        flush: brings a finished file to the disk, at once or later.
     """
 
-    def __init__(self, folder: Path, layout: EncodedLayout, files: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: EncodedLayout,
+        files: Sequence[dict[str, Any]] = (),
+        flush: Callable[[Path], object] = sync_file,
+    ) -> None:
         self._folder = folder
         self._layout = layout
+        self._flush = flush
         self._folder.mkdir(parents=True, exist_ok=True)
         # The finished ones, as the manifest describes them.
         self.files: list[dict[str, Any]] = list(files)
@@ -116,6 +122,11 @@ class ShardFiles:
         }
         write_text(self._folder / _MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
+    @property
+    def path(self) -> Path | None:
+        """The unfinished file."""
+        return None if self._sink is None else self._folder / self._sink.name
+
     def close(self) -> None:
         """Gives an unfinished file back."""
         if self._sink is not None:
@@ -126,6 +137,7 @@ class ShardFiles:
             return
         self._writer.close()
         self._sink.close()
+        self._flush(self._folder / self._sink.name)
         facts = {"bytes": self._sink.bytes, "crc32": f"{self._sink.crc:08x}"}
         self.files.append({"name": self._sink.name, "blocks": self._blocks, **facts})
         self._sink, self._blocks = None, []
@@ -191,8 +203,6 @@ class _Checked(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             with writing(self._path):
-                self._file.flush()
-                os.fsync(self._file.fileno())
                 self._file.close()
         super().close()
 
@@ -239,7 +249,7 @@ class EncodedRows:
         try:
             self.layout = EncodedLayout.from_json(manifest["layout"])
             self._files: list[dict[str, Any]] = manifest["files"]
-            self._readers = [self._reader(file) for file in self._files]
+            self._opened = [self._open(file) for file in self._files]
             sizes = [
                 (which, at, n) for which, f in enumerate(self._files) for at, n in enumerate(f["blocks"])
             ]
@@ -249,7 +259,11 @@ class EncodedRows:
         # starts[b] is the number of block b's first row; the last entry is the number of rows.
         self._starts = np.concatenate([[0], np.cumsum([n for *_, n in sizes])]).astype(np.int64)
         self._widths = _widths(self.layout)
-        self._open_blocks: dict[int, pa.RecordBatch] = {}
+        self._columns = [name for name in _TYPES if self._widths.get(name, 1)]
+        # The byte of its file where each column of each block begins; -1 before the block is first looked at.
+        # Kept as numbers: Arrow's own descriptions would come to lie between the large arrays that come and go
+        # with the batches, and the allocator's heap would grow with the log by what no longer fits between them.
+        self._places = np.full((len(self._blocks), len(self._columns)), -1, np.int64)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -369,22 +383,22 @@ class EncodedRows:
 
     def _mapped(self, block: int, name: str) -> NDArray[Any]:
         """One column of one block, as it lies in the file."""
-        if block not in self._open_blocks:
-            which, at = self._blocks[block]
-            # Only descriptions of mapped memory, but a long log has many.
-            if len(self._open_blocks) >= _OPEN_BLOCKS:
-                self._open_blocks.clear()
-            self._open_blocks[block] = self._readers[which].get_batch(at)
-        if self._widths.get(name, 1) == 0:
-            return np.empty((int(self._starts[block + 1] - self._starts[block]), 0), np.float32)
-        array = self._open_blocks[block].column(name)
-        if name not in _MATRICES:
-            flat: NDArray[Any] = array.to_numpy()
-            return flat
-        matrix: NDArray[Any] = array.values.to_numpy().reshape(-1, self._widths[name])
-        return matrix
+        rows, width = int(self._starts[block + 1] - self._starts[block]), self._widths.get(name, 1)
+        kind = np.dtype(_TYPES[name].to_pandas_dtype())
+        if width == 0:
+            return np.empty((rows, 0), kind)
+        which, at = self._blocks[block]
+        reader, mapped = self._opened[which]
+        column = self._columns.index(name)
+        if self._places[block, column] < 0:
+            batch = reader.get_batch(at)
+            self._places[block] = [_values(batch, name).address - mapped.address for name in self._columns]
+        place = int(self._places[block, column])
+        values: NDArray[Any] = np.frombuffer(mapped, kind, rows * width, place)
+        return values.reshape(rows, width) if name in _MATRICES else values
 
-    def _reader(self, file: dict[str, Any]) -> Any:
+    def _open(self, file: dict[str, Any]) -> tuple[Any, pa.Buffer]:
+        """A file's blocks, and its bytes, mapped."""
         path = self.folder / file["name"]
         remedy = "encode the log again"
         if not path.is_file():
@@ -394,12 +408,19 @@ class EncodedRows:
                 f"{path}: damaged ({path.stat().st_size} bytes, expected {file['bytes']}); {remedy}"
             )
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            mapped = pa.memory_map(str(path)).read_buffer()
+            reader = pa.ipc.open_file(mapped)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged ({error}); {remedy}") from None
         if reader.num_record_batches != len(file["blocks"]):
             raise UserError(f"{path}: damaged ({reader.num_record_batches} blocks); {remedy}")
-        return reader
+        return reader, mapped
+
+
+def _values(batch: pa.RecordBatch, name: str) -> pa.Buffer:
+    """The bytes of a column's numbers."""
+    column = batch.column(name)
+    return (column.values if name in _MATRICES else column).buffers()[1]
 
 
 def _batch(arrays: dict[str, NDArray[Any]]) -> Batch:
