@@ -35,11 +35,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     """Gives a temporary path beside ``path``; when the block ends well, it is flushed and takes its place.
 
     What a killed writer of the same ``path`` left beside it is removed first. Nobody else's temporary is: each
     writer holds a lock on its own, which the kernel lets go when the process dies.
+
+    Args:
+        path: the file.
+        flushed: false where the caller flushes the file and its folder later: a power cut may take it until then.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,10 +53,11 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary, handle = _temporary(path)
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            if flushed:
+                sync_file(temporary)
             temporary.replace(path)
-            sync_folder(path.parent)
+            if flushed:
+                sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
             os.close(handle)
@@ -230,6 +235,12 @@ def _is_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
+
+
+def sync_file(path: Path) -> None:
+    """Flushes a file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -113,14 +113,15 @@ class VocabularyBuilder:
             min_count: ids seen fewer times get no row.
             max_size: only so many ids.
             base: its ids keep their rows, however often they were seen now; new ones follow.
-            path: the file to write; without one, the vocabulary stays in memory, as all that was counted did.
+            path: the file to write, not yet flushed to the disk; without one, the vocabulary stays in memory, as
+                all that was counted did.
             memory: bytes that this may take.
         """
         if path is None:
             held = _Held(base)
             self._write(held, min_count, max_size, base, self._in_memory(min_count if base is None else 1))
             return held.vocabulary()
-        with VocabularyWriter(path, memory, base) as writer:
+        with VocabularyWriter(path, memory, base, flushed=False) as writer:
             tables = self._ranked(min_count if base is None else 1, memory, path)
             self._write(writer, min_count, max_size, base, tables)
         return Vocabulary.load(path)

@@ -37,8 +37,8 @@ Statistics = Literal["keep", "refresh"]
 class Store:
     """Where a fitter keeps what does not fit into memory, and how much does.
 
-    runs: folder for counted ids. encoder: folder for the vocabularies' files. memory: bytes that counted ids may
-    take, and sorting them in the end.
+    runs: folder for counted ids. encoder: folder for the vocabularies' files, which the caller flushes to disk.
+    memory: bytes that counted ids may take, and sorting them in the end.
     """
 
     runs: Path

@@ -12,6 +12,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,7 @@ from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
 from mldcn.data.spool import Item, Spool, slim
 from mldcn.errors import DiskFullError, UserError
-from mldcn.files import checksum, drop_dead_lock, locked, writing
+from mldcn.files import checksum, drop_dead_lock, locked, sync_file, writing
 
 FORMAT = 4
 REJECTS = "rejects.csv"
@@ -150,6 +151,9 @@ class _Preparation:
         self._writers: dict[Part, ShardFiles] = {}
         memory = int((config.data.memory_mb << 20) * _SPOOL_SHARE)
         self._spool = Spool(partial.spool, self._state.get("spool", 0), memory)
+        # Files are flushed to the disk while others are made.
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
 
     def run(self) -> None:
         """Does what is left to do."""
@@ -163,11 +167,14 @@ class _Preparation:
         for part in PARTS:
             if self._passes.wanted(part):
                 mine = state["parts"].setdefault(part, {"files": [], "block": 0, "done": False})
-                self._writers[part] = ShardFiles(self._folder / part, encoder.layout, mine["files"])
+                self._writers[part] = ShardFiles(
+                    self._folder / part, encoder.layout, mine["files"], self._flush
+                )
         self._encode_spool(encoder)
         if self._by_files:
             for part in PARTS[1:]:
                 self._encode_files(encoder, part)
+        self._flushed()
         self.close()
         if _key(self._config, self._passes.files)["files"] != state["key"]["files"]:
             raise UserError(
@@ -188,6 +195,7 @@ class _Preparation:
 
     def close(self) -> None:
         """Closes what is open."""
+        self._flusher.shutdown(cancel_futures=True)
         self._spool.close()
         self._rejects.close()
         for writer in self._writers.values():
@@ -224,12 +232,14 @@ class _Preparation:
         self._rejects.refuse_all(int(counts.sum()))
         self._passes.check(rule, counts)
         give_memory_back()
-        self._fitter.finish().save(self._folder / "encoder")
+        encoder = self._folder / "encoder"
+        self._fitter.finish().save(encoder)
+        self._flush(*encoder.iterdir())
         give_memory_back()
         note()
         state["fitted"] = True
         if self._long():
-            self._partial.vouch(*(f"encoder/{path.name}" for path in (self._folder / "encoder").iterdir()))
+            self._partial.vouch(*(f"encoder/{path.name}" for path in encoder.iterdir()))
             self._save()
         self._partial.discard_fit()
 
@@ -274,6 +284,8 @@ class _Preparation:
                 mine.update(files=self._writers[part].files.copy(), block=number + 1)
                 if self._by_files and part != "train":
                     mine["rejects"] = self._rejects.sync()
+        if all(flush.done() for flush in self._flushes):
+            self._flush(*(writer.path for writer in self._writers.values() if writer.path is not None))
         if self._due():
             self._save()
 
@@ -283,8 +295,18 @@ class _Preparation:
         if self._long():
             self._save()
 
+    def _flush(self, *paths: Path) -> None:
+        """Flushes files to the disk, some time before :meth:`_flushed` is over."""
+        self._flushes += [self._flusher.submit(sync_file, path) for path in paths]
+
+    def _flushed(self) -> None:
+        for flush in self._flushes:
+            flush.result()
+        self._flushes = []
+
     def _save(self, **state: Any) -> None:
         self._spool.sync()
+        self._flushed()
         self._state["spool"] = self._spool.bytes
         for part, facts in self._state["parts"].items():
             self._state["crc32"] |= {f"{part}/{file['name']}": file["crc32"] for file in facts["files"]}

@@ -172,14 +172,17 @@ class VocabularyWriter:
         path: the file to write.
         memory: bytes that sorting the keys may take.
         base: its ids come first, in their rows.
+        flushed: false where the caller flushes the file to the disk later.
     """
 
-    def __init__(self, path: Path, memory: int = 1 << 30, base: Vocabulary | None = None) -> None:
+    def __init__(
+        self, path: Path, memory: int = 1 << 30, base: Vocabulary | None = None, *, flushed: bool = True
+    ) -> None:
         self._path = path
         self._memory = memory
         self._places: dict[str, list[int]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._atomic = atomic(path)
+        self._atomic = atomic(path, flushed=flushed)
         self._file = self._atomic.__enter__().open("wb")
         self._columns = {name: _Column(path, name, _PARTS[name]) for name in ("ends", "counts", "keys")}
         self._columns["ends"].add(np.zeros(1, np.int64))
