@@ -128,9 +128,16 @@ class Located:
         found: Floats = numbers[place]
         return found if whole.all() else found.copy()
 
-    @cached_property
+    @property
     def _read(self) -> tuple[Keys, Bools, Floats, Bools]:
         """The ids' words, and whether all of a column are short; numbers, and whether all are whole."""
+        # Python 3.11's cached_property has one lock for all objects: threads would wait for one another's blocks.
+        if "_found" not in self.__dict__:
+            self.__dict__["_found"] = self._find()
+        found: tuple[Keys, Bools, Floats, Bools] = self.__dict__["_found"]
+        return found
+
+    def _find(self) -> tuple[Keys, Bools, Floats, Bools]:
         rows, wanted = self.num_rows, self.wanted
         ids, numbers = (
             np.array([wanted.names.index(name) for name in names], np.int64)
