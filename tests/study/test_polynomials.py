@@ -115,7 +115,10 @@ def test_a_study_reports_runs_once_and_goes_on(tmp_path, monkeypatch):
         ({"tables": {}}, "tables"),
         ({"tables": {"a": {**SMALL["tables"]["second"], "reference": "mldcn"}}}, "none of the rivals"),
         ({"tables": {"a": {**SMALL["tables"]["second"], "targets": ["f9"]}}}, "targets"),
-        ({"tables": {"a": {**SMALL["tables"]["second"], "optimiser": {}}}}, "needs adam or lbfgs"),
+        (
+            {"tables": {"a": {**SMALL["tables"]["second"], "optimiser": {}}}},
+            "needs adam, least_squares or lbfgs",
+        ),
         (
             {"tables": {"a": {**SMALL["tables"]["third"], "optimiser": {"adam": {}, "starts": 2}}}},
             "starts are compared on the rows of lbfgs",

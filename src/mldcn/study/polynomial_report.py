@@ -47,6 +47,10 @@ def _how(fits: Fits) -> str:
             f"Adam, {adam.steps:,} steps of {adam.batch_size:,} fresh rows, rate {adam.lr:g} with a warm-up and a "
             "cosine to 0"
         )
+    steps += [
+        f"Levenberg-Marquardt on {stage.rows:,} rows, at most {stage.iterations} iterations"
+        for stage in options.least_squares
+    ]
     if lbfgs := options.lbfgs:
         steps.append(
             f"L-BFGS (history 20, strong Wolfe line search) on {lbfgs.rows:,} rows, at most "

@@ -50,18 +50,17 @@ def _homogeneous(order: int) -> Callable[[torch.Generator], Target]:
 def _combined(generator: torch.Generator) -> Target:
     """Orders 1 to 4, a sine and noise.
 
-    The paper leaves the number of inputs and the scales open. The sine's weights have norm 1/2: with larger
-    ones its fifth order, which three layers lack, would lie above the noise, and the paper's three layers
-    reach the noise.
+    The paper leaves the number of inputs and the scales open. The sine's weights have norm 1/4: its cube, which
+    holds every product of three inputs, then lies below the noise, and so do its higher orders.
     """
-    features, size = 30, 0.2
+    features, size = 20, 0.2
     parts = [
         _monomials(features, order, size * torch.randn(terms, generator=generator), generator)
         for order, terms in ((2, 20), (3, 10), (4, 5))
     ]
     linear = size * torch.randn(features, generator=generator)
     inner = torch.randn(features, generator=generator)
-    inner = 0.5 * inner / inner.norm()
+    inner = 0.25 * inner / inner.norm()
 
     def function(x: Tensor) -> Tensor:
         total = x @ linear.to(x) + 0.1 * torch.sin(2 * (x @ inner.to(x)) + 0.1)

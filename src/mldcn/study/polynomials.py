@@ -26,6 +26,7 @@ from mldcn.errors import UserError
 from mldcn.files import locked, write_text
 from mldcn.schema import Strict
 from mldcn.study.jobs import run_jobs
+from mldcn.study.least_squares import fit_least_squares
 from mldcn.study.polynomial_models import Predictor, Rival
 from mldcn.study.polynomial_targets import TARGETS, Target, TargetName
 
@@ -34,7 +35,7 @@ TEST_ROWS = 20_000
 EXACT = 1e-14  # a training RMSE below this ends the starts
 BLOCK = 64  # Adam's batches are drawn this many at a time
 # Raised by every change of the code that changes what a run finds: a finished run of another protocol is refused.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Adam(Strict):
@@ -52,17 +53,25 @@ class Lbfgs(Strict):
     iterations: int = Field(400, ge=1)
 
 
+class LeastSquares(Strict):
+    """Levenberg-Marquardt on a whole training set; goes on from the weights before it."""
+
+    rows: int = Field(5000, ge=1, description="of the training set")
+    iterations: int = Field(30, ge=1)
+
+
 class Optimiser(Strict):
     """How every model of a table is fitted."""
 
     adam: Adam | None = None
+    least_squares: tuple[LeastSquares, ...] = Field((), description="one after the other, after Adam")
     lbfgs: Lbfgs | None = None
     starts: int = Field(1, ge=1, description="fits from other weights; the best on L-BFGS's rows counts")
 
     @model_validator(mode="after")
     def _does_something(self) -> Optimiser:
-        if not (self.adam or self.lbfgs):
-            raise ValueError("needs adam or lbfgs")
+        if not (self.adam or self.least_squares or self.lbfgs):
+            raise ValueError("needs adam, least_squares or lbfgs")
         if self.starts > 1 and not self.lbfgs:
             raise ValueError("starts are compared on the rows of lbfgs, which is not there")
         return self
@@ -262,6 +271,10 @@ def fit_model(fit: Fit) -> dict[str, Any]:
         model = fresh(start)
         if options.adam:
             _fit_adam(model, target, options.adam, batches, dtype)
+        damping = 1e-4 if options.adam else 1e-2
+        for stage in options.least_squares:
+            x, y = target.draw(stage.rows, batches, dtype)
+            damping = fit_least_squares(model, x, y, stage.iterations, damping=damping)
         if options.lbfgs and rows:
             _fit_lbfgs(model, rows, options.lbfgs)
         found = _rmse(model, *(rows or test))
