@@ -22,8 +22,8 @@ from mldcn.data.pipeline import give_memory_back
 from mldcn.data.vocabulary import KeyIndex, Vocabulary, VocabularyWriter
 from mldcn.files import atomic
 
-# Keys that the builder does not know yet are merged once there are this many, or a quarter of the known ones.
-_MERGE_AT = 65_536
+# Keys that the builder does not know yet are merged once there are this many, and half as many as known ones.
+_MERGE_AT = 4_096
 # What an id takes beside its text: key, count, place, index, and their copies while they are merged.
 _ID_BYTES = 80
 _BATCH = 1 << 17
@@ -86,7 +86,7 @@ class VocabularyBuilder:
             self._text_bytes += array.nbytes
         self._new.append((keys[new], counts[new].astype(np.int64), values))
         self._new_size += len(new)
-        if self._new_size >= max(_MERGE_AT, len(self._keys) // 4):
+        if self._new_size >= max(_MERGE_AT, len(self._keys) // 2):
             self._merge()
 
     def flush(self, path: Path) -> None:

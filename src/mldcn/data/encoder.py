@@ -128,7 +128,8 @@ class Encoder:
 
     def assemble(self, parsed: ParsedBlock) -> EncodedBlock:
         """Encodes rows that were parsed already."""
-        ids = np.empty((parsed.rows, self.layout.num_id_columns), np.int32)
+        # By column, which is faster to fill.
+        ids = np.empty((self.layout.num_id_columns, parsed.rows), np.int32)
         features = {feature.name: feature for feature in self.schema.features}
         for slot in self.layout.ids:
             feature = features[slot.feature]
@@ -145,7 +146,7 @@ class Encoder:
                 else:
                     rows[:-1] = table.lookup(cells.keys)
                 start = slot.start + which * slot.length
-                ids[:, start : start + slot.length] = rows[cells.codes]
+                rows.take(cells.codes.T, out=ids[start : start + slot.length], mode="wrap")
         dense = np.empty((parsed.rows, self.layout.num_dense_columns), np.float32)
         for place in self.layout.dense:
             if place.kind == "numeric":
@@ -153,7 +154,7 @@ class Encoder:
             else:
                 dense[:, place.columns] = parsed.vectors[place.feature]
         return EncodedBlock(
-            ids=ids,
+            ids=np.ascontiguousarray(ids.T),
             dense=dense,
             labels=parsed.labels,
             weight=parsed.weight,

@@ -193,7 +193,7 @@ class LogPasses:
         reader = LogReader(self.files[part], self._data, digests=whole)
         rows = 0
         blocks = reader.blocks(list(dict.fromkeys(columns)), numbers=numbers, ids=id_columns(self._schema))
-        for block in ahead(blocks, lead=1):
+        for block in ahead(blocks, lead=self.workers):
             yield block
             rows += block.span
             self.progress(stage, rows, reader.bytes_done, reader.bytes_total)

@@ -19,26 +19,19 @@ Out = TypeVar("Out")
 
 def ahead(items: Iterable[Out], lead: int = 2) -> Iterator[Out]:
     """The same items, made by a thread that is at most ``lead`` items ahead; its error is raised in its turn."""
-    made: queue.Queue[tuple[bool, Any]] = queue.Queue(lead)
+    made: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    room = threading.Semaphore(lead)
     stopped = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def make() -> None:
         try:
-            for item in items:
-                if not put((True, item)):
-                    return
-            put((False, None))
+            source = iter(items)
+            while room.acquire() and not stopped.is_set():
+                made.put((True, next(source)))
+        except StopIteration:
+            made.put((False, None))
         except BaseException as error:
-            put((False, error))
+            made.put((False, error))
 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
@@ -46,6 +39,7 @@ def ahead(items: Iterable[Out], lead: int = 2) -> Iterator[Out]:
         while True:
             more, value = made.get()
             if more:
+                room.release()
                 yield value
             elif value is None:
                 return
@@ -53,6 +47,7 @@ def ahead(items: Iterable[Out], lead: int = 2) -> Iterator[Out]:
                 raise value
     finally:
         stopped.set()
+        room.release()
         thread.join()
 
 

@@ -231,11 +231,15 @@ class _Preparation:
                 self._save(blocks=blocks, fitter=fitter, runs=runs)
         self._rejects.refuse_all(int(counts.sum()))
         self._passes.check(rule, counts)
-        give_memory_back()
+        # A log that fits into memory anyway leaves it to the next step, which would have to ask for it again.
+        large = self._spool.bytes > 0
+        if large:
+            give_memory_back()
         encoder = self._folder / "encoder"
         self._fitter.finish().save(encoder)
         self._flush(*encoder.iterdir())
-        give_memory_back()
+        if large:
+            give_memory_back()
         note()
         state["fitted"] = True
         if self._long():

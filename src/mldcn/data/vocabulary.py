@@ -64,8 +64,9 @@ class KeyIndex:
     def __init__(self, keys: Keys, starts: Rows | None = None) -> None:
         if starts is None:
             bits = _bits(len(keys))
-            counts = np.bincount((keys >> np.uint64(64 - bits)).astype(np.int64), minlength=1 << bits)
-            starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)[:-1]]).astype(np.int32)
+            counts = np.bincount((keys >> np.uint64(64 - bits)).view(np.int64), minlength=1 << bits)
+            starts = np.zeros(1 << bits, np.int32)
+            np.cumsum(counts[:-1], out=starts[1:])
             keys = np.append(keys, _LAST_KEY)
         self._starts = starts
         self._keys = keys
@@ -73,13 +74,16 @@ class KeyIndex:
 
     def find(self, keys: Keys) -> NDArray[np.int64]:
         """The places of the given keys, -1 where unknown; ``(m,)``."""
-        places = self._starts[(keys >> self._shift).astype(np.int64)].astype(np.int64)
-        here = self._keys[places]
+        places = self._starts.take((keys >> self._shift).view(np.int64)).astype(np.int64)
+        here = self._keys.take(places)
         behind = np.flatnonzero(here < keys)
         while len(behind):
-            places[behind] += 1
-            behind = behind[self._keys[places[behind]] < keys[behind]]
-        places[(self._keys[places] != keys) | (places == len(self._keys) - 1)] = -1
+            after = places[behind] + 1
+            places[behind] = after
+            found = self._keys[after]
+            here[behind] = found
+            behind = behind[found < keys[behind]]
+        places[(here != keys) | (places == len(self._keys) - 1)] = -1
         return places
 
 
