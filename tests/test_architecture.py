@@ -26,6 +26,7 @@ ROOMS = [
     "comparison",
     "training",
     "explain",
+    "serving",
     "study",
     "workflow",
     "repeats",

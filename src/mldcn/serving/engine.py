@@ -1,0 +1,257 @@
+"""``Engine``: raw values in, probabilities and a ranking out, from a run's folder or an exported bundle.
+
+An engine computes what ``mldcn predict`` does for the same rows of a log, texts that mean a missing value
+(``data.missing``) included. It may be called by several threads at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mldcn.config import Config, load_config
+from mldcn.data.batch import MISSING, OUT_OF_VOCABULARY, IdSlot
+from mldcn.data.encoder import EncodedBlock, Encoder
+from mldcn.data.parsing import ParsedBlock, parse
+from mldcn.data.reading import RawBlock
+from mldcn.data.vocabulary import HashedRows
+from mldcn.errors import UserError
+from mldcn.metrics import Isotonic, Platt
+from mldcn.model import Ranker
+from mldcn.predict import Predictor, calibrated, unsampled
+from mldcn.run import VERSIONED, RunFolder
+from mldcn.serving.sample import sample_request
+from mldcn.serving.values import Columns, Input
+
+# Encoded rows to logits (n, T), the position's term at the serving position included.
+Program = Callable[[NDArray[np.int32], NDArray[np.float32]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows of one call, and what was noticed of them.
+
+    Attributes:
+        ids: ``(n, C)`` rows of tables.
+        dense: ``(n, D)``.
+        unseen: ids that training did not see, counted by feature; hashed features have none.
+        missing: missing values, empty lists among them, counted by feature.
+    """
+
+    ids: NDArray[np.int32]
+    dense: NDArray[np.float32]
+    unseen: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The answer to one call.
+
+    Attributes:
+        probabilities: ``(n, T)`` float32, calibrated and corrected for sampled negatives as the run's config says.
+        unseen: ids that training did not see, counted by feature.
+        missing: missing values, counted by feature.
+    """
+
+    probabilities: NDArray[np.float32]
+    unseen: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+
+class Engine:
+    """A model with its preprocessing, ready to answer.
+
+    Args:
+        name: the model's.
+        version: tells its content apart.
+        config: of the run.
+        encoder: from raw values to encoded rows.
+        calibrators: of the tasks that have one.
+        program: from encoded rows to logits.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        config: Config,
+        encoder: Encoder,
+        calibrators: Mapping[str, Platt | Isotonic],
+        program: Program,
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.config = config
+        self.encoder = encoder
+        self._calibrators = dict(calibrators)
+        self._program = program
+        self._columns = Columns(config.log_schema, config.data.missing)
+        self._rates = [label.negative_sampling_rate for label in config.log_schema.labels]
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto") -> Engine:
+        """Opens a finished run's folder or a bundle's and checks it.
+
+        Raises:
+            UserError: the folder is neither, or is damaged, unfinished or of another version.
+        """
+        path = Path(path)
+        if not (path / VERSIONED).is_file():
+            raise UserError(f"{path}: is neither a run's folder nor a bundle; 'mldcn fit' makes the former")
+        return cls._of_run(RunFolder.open(path), device)
+
+    @classmethod
+    def _of_run(cls, run: RunFolder, device: str) -> Engine:
+        predictor = Predictor(run, device)
+        return cls(
+            run.path.resolve().name,
+            content_version(run.path / "manifest.json"),
+            load_config(run.config),
+            predictor.encoder,
+            predictor.calibrators,
+            eager(predictor.model, predictor.device),
+        )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, in the order of the probabilities."""
+        return self.config.log_schema.tasks
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The columns of raw values that a row has."""
+        return self._columns.inputs
+
+    @property
+    def constant(self) -> frozenset[str]:
+        """Names of the columns that are the same for all candidates of a request."""
+        return self._columns.constant
+
+    def score(self, columns: Mapping[str, Sequence[Any]]) -> Scores:
+        """Scores rows of raw values.
+
+        Args:
+            columns: values by column: Python lists as from JSON, or Arrow arrays; all of one length, which may
+                be 0. Columns that only the schema's labels, weight, position and so on read are passed over.
+
+        Raises:
+            UserError: a column is lacking or unknown, or a value is not what the schema says; names the row
+                (the first is 1), the column and the remedy.
+        """
+        return self.score_rows([self.encode(columns)])[0]
+
+    def rank(self, constant: Mapping[str, Any], candidates: Mapping[str, Sequence[Any]]) -> Scores:
+        """Scores the candidates of one request.
+
+        Args:
+            constant: one value a column, those of user and context for example.
+            candidates: values by column of all others, one a candidate.
+
+        Raises:
+            UserError: a column is in both or in neither, or as :meth:`score`.
+        """
+        return self.score(self._columns.joined(constant, candidates))
+
+    def encode(self, columns: Mapping[str, Sequence[Any]]) -> Rows:
+        """The first half of :meth:`score`: what can be wrong with a call is found here.
+
+        Raises:
+            UserError: as :meth:`score`.
+        """
+        table = self._columns.table(columns)
+        parsed = parse(self.config.log_schema, RawBlock(table, "request", 1), labels=False)
+        block = self.encoder.assemble(parsed)
+        return Rows(block.ids, block.dense, self._unseen(block), self._missing(parsed, block))
+
+    def score_rows(self, calls: Sequence[Rows]) -> list[Scores]:
+        """The second half of :meth:`score`, for several calls in one batch."""
+        several = len(calls) > 1
+        ids = np.concatenate([call.ids for call in calls]) if several else calls[0].ids
+        dense = np.concatenate([call.dense for call in calls]) if several else calls[0].dense
+        scores = self._probabilities(ids, dense)
+        ends = np.cumsum([len(call) for call in calls])[:-1]
+        return [
+            Scores(part, call.unseen, call.missing)
+            for part, call in zip(np.split(scores, ends), calls, strict=True)
+        ]
+
+    def sample(self) -> dict[str, Any]:
+        """A request that works: ``{"constant": {...}, "candidates": {...}}``, as :meth:`rank` takes it."""
+        return sample_request(self.config.log_schema, self.encoder, self._columns)
+
+    def check(self) -> None:
+        """Scores the sample request.
+
+        Raises:
+            UserError: the answer holds no probabilities.
+        """
+        request = self.sample()
+        found = self.rank(request["constant"], request["candidates"]).probabilities
+        if not (np.isfinite(found).all() and (found >= 0).all() and (found <= 1).all()):
+            raise UserError(
+                f"{self.name}: its sample request gives no probabilities; train or export it again"
+            )
+
+    def _probabilities(self, ids: NDArray[np.int32], dense: NDArray[np.float32]) -> NDArray[np.float32]:
+        size = self.config.training.eval_batch_size
+        parts = [
+            torch.sigmoid(
+                torch.from_numpy(self._program(ids[start : start + size], dense[start : start + size]))
+            )
+            for start in range(0, len(ids), size)
+        ]
+        scores = torch.cat(parts).numpy() if parts else np.zeros((0, len(self.tasks)), np.float32)
+        return unsampled(calibrated(scores, self.tasks, self._calibrators), self._rates)
+
+    def _unseen(self, block: EncodedBlock) -> dict[str, int]:
+        return {
+            slot.feature: int((block.ids[:, slot.columns] == OUT_OF_VOCABULARY).sum())
+            for slot in self._values()
+            if not isinstance(self.encoder.tables[slot.table], HashedRows)
+        }
+
+    def _missing(self, parsed: ParsedBlock, block: EncodedBlock) -> dict[str, int]:
+        # A list's first place is its padding only where it is empty.
+        found = {slot.feature: int((block.ids[:, slot.start] == MISSING).sum()) for slot in self._values()}
+        for slot in self.encoder.layout.dense:
+            if slot.kind == "numeric":
+                found[slot.feature] = int(np.isnan(parsed.numbers[slot.feature]).sum())
+            elif slot.kind == "embedding":
+                found[slot.feature] = int((~parsed.vectors[slot.feature].any(axis=1)).sum())
+        return found
+
+    def _values(self) -> list[IdSlot]:
+        return [slot for slot in self.encoder.layout.ids if slot.role == "values"]
+
+
+def eager(model: Ranker, device: torch.device) -> Program:
+    """A model as a program, computed by PyTorch operation by operation."""
+
+    @torch.inference_mode()
+    def program(ids: NDArray[np.int32], dense: NDArray[np.float32]) -> NDArray[np.float32]:
+        logits = model.relevance(torch.from_numpy(ids).to(device), torch.from_numpy(dense).to(device))
+        if model.position_bias is not None:
+            logits = logits + model.position_logit(None)
+        numbers: NDArray[np.float32] = logits.float().cpu().numpy()
+        return numbers
+
+    return program
+
+
+def content_version(manifest: Path) -> str:
+    """A short hash of a manifest, and so of all whose checksums stand in it."""
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
