@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -64,6 +65,21 @@ def write_small_log(folder: Path, rows: int = 3000, format: str = "parquet", **t
     return path
 
 
+def write_small_study(config: Path, recipe: Path) -> None:
+    """A recipe for a study of one rival and two seeds, with the model of a config."""
+    raw = yaml.safe_load(config.read_text(encoding="utf-8"))
+    base = {"model": raw["model"], "training": raw["training"] | {"epochs": 1}}
+    study = {
+        "title": "small",
+        "dataset": "pinads",
+        "config": base,
+        "rivals": {"mldcn": {"interaction": {"name": "mldcn", "rank": 8}}},
+        "baseline": "mldcn",
+        "seeds": [0, 1],
+    }
+    recipe.write_text(yaml.safe_dump(study), encoding="utf-8")
+
+
 def mldcn_command() -> list[str]:
     """The command line, run by this Python."""
     return [sys.executable, "-c", "from mldcn.cli import main; main()"]
@@ -115,6 +131,14 @@ def digest_encoded(data: Any) -> str:
                 yield "\0".join(table.values.to_pylist()).encode()
 
     return digest_bytes(parts())
+
+
+def digest_study(folder: Path) -> str:
+    """A digest of what a study's runs came to, apart from what was timed."""
+    from mldcn.study.rows import load_study
+
+    timed = dict.fromkeys(("seconds", "memory_bytes", "latency_ms"))
+    return digest_bytes(json.dumps(row.to_json() | timed).encode() for row in load_study(folder).rows)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

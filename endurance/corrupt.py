@@ -40,9 +40,11 @@ from common import (
     digest_encoded,
     digest_files,
     digest_results,
+    digest_study,
     markdown,
     mldcn_command,
     write_small_log,
+    write_small_study,
 )
 
 PAGE = 512
@@ -152,12 +154,6 @@ def read_study(folder: Path, facts: dict[str, Any]) -> str:
 
     run_study(load_recipe(folder.parent.parent / "study.yaml"), None, folder)
     return "same" if digest_study(folder) == facts["study"] else "different"
-
-
-def digest_study(folder: Path) -> str:
-    """A digest of what a study says, apart from its timings."""
-    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return digest_bytes(json.dumps({**row, "seconds": None}).encode() for row in rows)
 
 
 def read_checkpoint(folder: Path, facts: dict[str, Any]) -> str:
@@ -312,16 +308,10 @@ def build_partial(path: Path, folder: Path) -> None:
 
 def build_study(path: Path, work: Path) -> None:
     """A study of one rival and two seeds."""
-    import yaml
-
     from mldcn.study.engine import run_study
     from mldcn.study.recipe import load_recipe
 
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    base = {"model": raw["model"], "training": raw["training"] | {"epochs": 1}}
-    rivals = {"mldcn": {"interaction": {"name": "mldcn", "rank": 8}}}
-    recipe = {"title": "small", "dataset": "pinads", "config": base, "rivals": rivals, "seeds": [0, 1]}
-    (work / "study.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    write_small_study(path, work / "study.yaml")
     run_study(load_recipe(work / "study.yaml"), path.parent, work / "study")
 
 
@@ -382,8 +372,8 @@ def artefacts(work: Path) -> dict[str, Artefact]:
         made("interrupted", read_interrupted, resume),
         # Pages for people: no command reads them.
         made("run", read_run, predict, skip=("report.html", "tensorboard")),
-        # The config and the log are the user's own text; results are written anew; encoded rows come above.
-        made("study", read_study, skip=("dataset.yaml", "log", "encoded", "results")),
+        # The config is the user's own text; encoded rows come above.
+        made("study", read_study, skip=("dataset.yaml", "encoded")),
         *(made(f"raw-log.{kind}", read_log) for kind in ("csv", "csv.gz", "csv.zst", "parquet")),
     ]
     return {artefact.name: artefact for artefact in found if artefact.kinds}

@@ -23,10 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).parent))
-from common import digest_bytes, digest_files, markdown, write_small_log
+from common import digest_files, digest_study, markdown, write_small_log, write_small_study
 from lives import Command, Life, born, commands, execute, names, until_done
 
 SIZE = 64 << 20  # of the disk
@@ -89,24 +87,14 @@ def study_files(life: Path, _: str) -> dict[str, str]:
     """What a study leaves, apart from its timings: the runs' weights and metrics."""
     kept = ("weights.safetensors", "metrics.json")
     found = {n: d for n, d in digest_files(life / "study" / "runs").items() if n.endswith(kept)}
-    header = (life / "study" / "results.md").read_text(encoding="utf-8").splitlines()[:1]
-    return found | {"results.md": digest_bytes(line.encode() for line in header)}
+    assert (life / "study" / "report" / "study.html").exists()
+    return found | {"rows.jsonl": digest_study(life / "study")}
 
 
 def study(log: Path) -> Command:
     """A study of two runs on the log."""
     arguments = ["study", "study.yaml", "--source", str(log.parent), "--out", "study"]
     return Command("study", arguments, arguments, study_files)
-
-
-def write_recipe(life: Path, config: Path) -> None:
-    """The study's recipe, beside the config."""
-    raw = yaml.safe_load(config.read_text(encoding="utf-8"))
-    base = {part: raw[part] for part in ("model", "training")}
-    base["training"] = base["training"] | {"epochs": 1}
-    rivals = {"mldcn": {"interaction": {"name": "mldcn", "rank": 8}}}
-    recipe = {"title": "small", "dataset": "pinads", "config": base, "rivals": rivals, "seeds": [0, 1]}
-    (life / "study.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
 def peak_use(disk: Disk, work: Callable[[], None]) -> int:
@@ -193,7 +181,7 @@ def check(
     peaks: dict[str, int] = {}
     violations: list[str] = []
     life = born(disk.folder / "life", log)
-    write_recipe(life.folder, log.parent / "config.yaml")
+    write_small_study(log.parent / "config.yaml", life.folder / "study.yaml")
     for command in wanted(log):
         before = store / f"before-{command.name}"
         shutil.copytree(life.folder, before)

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from common import write_small_log, write_small_study
 from corrupt import BAD, Artefact, check, damage, judge
 
 from mldcn.errors import UserError
+from mldcn.study.recipe import load_recipe
 
 
 @pytest.mark.parametrize("raw", [b"x", b'{"a": [1, 2.5, null], "b": "c"}\n', bytes(range(256)) * 20])
@@ -41,6 +43,11 @@ def test_what_came_of_a_copy_is_judged(tmp_path, read, outcome):
     found, message = judge(artefact, tmp_path / "copy", {})
     assert found == outcome
     assert ("KeyError" in message) == (outcome == "exception")
+
+
+def test_the_small_study_is_one(tmp_path):
+    write_small_study(write_small_log(tmp_path, 200), tmp_path / "study.yaml")
+    assert load_recipe(tmp_path / "study.yaml").baseline == "mldcn"
 
 
 def test_no_damaged_file_is_taken_for_whole(tmp_path):

@@ -312,8 +312,22 @@ def test_a_run_s_folder_is_named_after_what_it_is(folder, trainer):
 def test_seconds_of_all_sessions_are_added_up(folder, trainer):
     study(folder)
     facts = json.loads((folder / "study.json").read_text())
+    del facts["crc32"]
     (folder / "study.json").write_text(json.dumps({**facts, "seconds": 1000.0}))
     assert 1000 < study(folder, {"seeds": [0, 1]}).facts.seconds < 1100
+
+
+@pytest.mark.parametrize("damaged", [lambda text: text[:100], lambda text: text.replace('": 1', '": 2', 1)])
+def test_damaged_facts_are_refused(folder, trainer, damaged):
+    study(folder)
+    text = (folder / "study.json").read_text()
+    (folder / "study.json").write_text(damaged(text))
+    assert (folder / "study.json").read_text() != text
+    for read in (study, load_study):
+        with pytest.raises(UserError, match=r"study\.json: damaged .* remove the file"):
+            read(folder)
+    (folder / "study.json").unlink()
+    assert study(folder).facts.rows
 
 
 def test_a_damaged_row_is_refused(folder, trainer):

@@ -31,6 +31,19 @@ def test_rows_go_through_the_file(tmp_path):
     assert read_rows(file) == [first]
 
 
+def test_a_changed_digit_is_noticed_and_a_line_without_a_checksum_is_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    append_row(file, MEASURED)
+    line = file.read_text()
+    file.write_text(line.replace("0.6", "0.7", 1))
+    with pytest.raises(UserError, match=r"rows\.jsonl: line 1 is damaged .*checksum"):
+        read_rows(file)
+    plain = json.loads(line)
+    del plain["crc32"]
+    file.write_text(json.dumps(plain) + "\n")
+    assert read_rows(file)[0].latency_ms == MEASURED.latency_ms
+
+
 @pytest.mark.parametrize("kept", [1, 20, 200])
 def test_a_line_that_a_kill_tore_is_passed_over_and_written_over(tmp_path, kept):
     file = tmp_path / "rows.jsonl"

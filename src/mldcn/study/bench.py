@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mldcn.metrics import metric_info
 from mldcn.model import pick_device
 from mldcn.study.plan import Planner
 from mldcn.study.recipe import Recipe, overlay
-from mldcn.study.rows import FACTS, Facts
+from mldcn.study.rows import FACTS, Facts, read_facts
 from mldcn.training.identity import monitored
 
 PACKAGES = ("mldcn", "torch", "numpy", "polars", "optuna")
@@ -64,15 +64,15 @@ class Bench:
         bench = cls(recipe, out, data, planner, config, attainable, 0.0)
         if not (out / FACTS).exists():
             return bench
-        before = json.loads((out / FACTS).read_text(encoding="utf-8"))
-        now = asdict(bench.facts(0, 0.0))
+        before, now = read_facts(out), bench.facts(0, 0.0)
         for name in ("dataset", "log", "rows", "features", "task", "monitor"):
-            if before.get(name) != now[name]:
+            was, is_now = getattr(before, name), getattr(now, name)
+            if was != is_now:
                 raise UserError(
-                    f"{out}: holds a study of another log or task ({name} was {before.get(name)!r} and is "
-                    f"{now[name]!r}); set the recipe back, remove the folder, or name another with --out"
+                    f"{out}: holds a study of another log or task ({name} was {was!r} and is {is_now!r}); set the "
+                    "recipe back, remove the folder, or name another with --out"
                 )
-        return replace(bench, before=float(before["seconds"]))
+        return replace(bench, before=before.seconds)
 
     @property
     def threads(self) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from mldcn.study.jobs import run_ready
 from mldcn.study.plan import Estimates, Job, refuse_others, row_identity
 from mldcn.study.recipe import Recipe
 from mldcn.study.rows import (
-    FACTS,
     RECIPE,
     ROWS,
     RunRow,
@@ -30,6 +28,7 @@ from mldcn.study.rows import (
     chosen_trial,
     counted,
     read_rows,
+    write_facts,
     write_rows,
 )
 from mldcn.study.running import Measure, Measured, Train
@@ -306,8 +305,7 @@ class _Session:
         self.watcher.moved(self.standing(), row)
 
     def _tell(self) -> None:
-        facts = asdict(self.bench.facts(self.jobs, time.monotonic() - self.started))
-        write_text(self.bench.out / FACTS, json.dumps(facts, indent=2) + "\n")
+        write_facts(self.bench.out, self.bench.facts(self.jobs, time.monotonic() - self.started))
 
     def measure(self) -> None:
         """Measures memory and latency of the final models, when nothing else runs beside it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from mldcn.files import sync_folder, write_text, writing
 from mldcn.study.recipe import Recipe
 
 ROWS, FACTS, RECIPE = "rows.jsonl", "study.json", "recipe.yaml"
+_CRC = "crc32"
 
 Stage = Literal["tune", "final"]
 
@@ -150,7 +152,7 @@ def read_rows(path: Path) -> list[RunRow]:
     rows = []
     for number, line in enumerate(data[: _whole(data)].splitlines(), 1):
         try:
-            rows.append(RunRow.from_json(json.loads(line)))
+            rows.append(RunRow.from_json(_checked(json.loads(line))))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: line {number} is damaged or of another version ({error}); remove the file, and the "
@@ -165,7 +167,20 @@ def write_rows(path: Path, rows: Iterable[RunRow]) -> None:
 
 
 def _line(row: RunRow) -> str:
-    return json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_with_checksum(row.to_json()), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _with_checksum(plain: Mapping[str, Any]) -> dict[str, Any]:
+    content = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    return {_CRC: f"{zlib.crc32(content.encode()):08x}", **plain}
+
+
+def _checked(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written, without its checksum; earlier versions wrote none."""
+    content = {name: value for name, value in plain.items() if name != _CRC}
+    if _CRC in plain and _with_checksum(content)[_CRC] != plain[_CRC]:
+        raise ValueError("its checksum is not that of its content")
+    return content
 
 
 def _whole(data: bytes) -> int:
@@ -196,6 +211,26 @@ class Facts:
     machine: str
     versions: dict[str, str]
     seconds: float
+
+
+def write_facts(out: Path, facts: Facts) -> None:
+    """Writes a study's facts into its folder."""
+    write_text(out / FACTS, json.dumps(_with_checksum(asdict(facts)), indent=2) + "\n")
+
+
+def read_facts(out: Path) -> Facts:
+    """What :func:`write_facts` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = out / FACTS
+    try:
+        return Facts(**_checked(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove the file, and 'mldcn study' writes it again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -278,10 +313,7 @@ def load_study(out: Path) -> Study:
     if not (out / FACTS).exists() or not (out / RECIPE).exists():
         raise UserError(f"{out}: holds no study; 'mldcn study RECIPE --out {out}' makes one")
     recipe = parse(Recipe, read_yaml(out / RECIPE), str(out / RECIPE))
-    try:
-        facts = Facts(**json.loads((out / FACTS).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{out / FACTS}: damaged ({error})") from None
+    facts = read_facts(out)
     rows = read_rows(out / ROWS)
     return Study(recipe, tuple(counted(recipe, rows, higher=facts.higher_is_better)), out, facts)
 
