@@ -337,10 +337,10 @@ def test_ahead_keeps_order_bounds_its_lead_and_raises_in_turn():
             yield i
         raise UserError("the end")
 
-    results = ahead(items())
+    results = ahead(items(), lead=2)
     assert next(results) == 0
+    seen = [next(results)]
     assert len(taken) <= 4
-    seen = []
     with pytest.raises(UserError, match="the end"):
         seen.extend(results)
     assert seen == list(range(1, 20))

@@ -64,30 +64,13 @@ class Ids:
         """
         coded = texts.dictionary_encode()
         codes = (pc.fill_null(coded.indices, -1) if coded.null_count else coded.indices).to_numpy()
-        return cls._meant(codes, coded.dictionary, meant)
+        return cls.meaning(codes, coded.dictionary, meant)
 
     @classmethod
-    def of_words(cls, words: Keys, missing: Keys, meant: Callable[[pa.Array], pa.Array]) -> Ids:
-        """The same of texts of up to 8 bytes that are given as words, ``(n,)``.
-
-        Args:
-            words: of the texts.
-            missing: of the texts that mean a missing id.
-            meant: as above.
-        """
-        coded = pa.array(words).dictionary_encode()
-        codes, distinct = coded.indices.to_numpy(), coded.dictionary.to_numpy()
-        for word in missing:
-            for place in np.flatnonzero(distinct == word):
-                codes = np.where(codes == place, np.int32(-1), codes)
-        texts = WordTexts(distinct)
-        lengths = np.searchsorted(WORD_MASKS, distinct)
-        if (distinct >> (8 * (lengths - 2)).view(np.uint64) == _FRACTION).any():
-            return cls._meant(codes, texts.take(np.arange(len(distinct))), meant)
-        return cls(codes[:, None], hash_words(distinct, lengths), texts)
-
-    @classmethod
-    def _meant(cls, codes: NDArray[np.int32], texts: pa.Array, meant: Callable[[pa.Array], pa.Array]) -> Ids:
+    def meaning(
+        cls, codes: NDArray[np.signedinteger], texts: pa.Array, meant: Callable[[pa.Array], pa.Array]
+    ) -> Ids:
+        """The same of texts that are given once each, and the code of each row's."""
         distinct = meant(texts)
         if distinct is not texts:
             # Two texts may stand for one id. The last code is that of a missing one, -1.
@@ -95,6 +78,10 @@ class Ids:
             distinct = again.dictionary
             codes = np.append(pc.fill_null(again.indices, -1).to_numpy(), np.int32(-1))[codes]
         return cls(codes[:, None], hash_texts(distinct), distinct)
+
+
+# By column; and whether no text ends like a whole number with a fraction, so that each text is an id of its own.
+ShortIds = dict[str, tuple[Ids, bool]]
 
 
 @dataclass(frozen=True)
@@ -227,10 +214,13 @@ def parse(schema: Schema, block: RawBlock, *, labels: bool = True, timed: bool =
         return name if name in there else None
 
     found = _Found(block)
+    short = _short_ids(block)
     # Of a column with bad rows, this is taken until they are left out.
     nothing, no_times = np.zeros(rows), np.full(rows, np.nan)
     time = found.read(lambda: _times(block, given(schema.time), required=timed), no_times)
-    targets = [found.read(partial(_label, block, label), no_times) for label in schema.labels if labels]
+    targets = [
+        found.read(partial(_label, block, label, short), no_times) for label in schema.labels if labels
+    ]
     parsed = ParsedBlock(
         rows=rows,
         labels=np.stack(targets or [no_times] * len(schema.labels), axis=1).astype(np.float32),
@@ -243,17 +233,19 @@ def parse(schema: Schema, block: RawBlock, *, labels: bool = True, timed: bool =
         time=time,
     )
     for feature in schema.features:
-        found.read(partial(_feature, block, feature, time, parsed), None)
+        found.read(partial(_feature, block, feature, time, short, parsed), None)
     found.check()
     return parsed
 
 
-def _feature(block: RawBlock, feature: Feature, time: cells.Floats, parsed: ParsedBlock) -> None:
+def _feature(
+    block: RawBlock, feature: Feature, time: cells.Floats, short: ShortIds, parsed: ParsedBlock
+) -> None:
     match feature:
         case Numeric() | Bucketised():
             parsed.numbers[feature.name] = cells.numbers(block, feature.log_column)
         case Categorical():
-            parsed.ids[feature.name] = _single(block, feature.log_column)
+            parsed.ids[feature.name] = _single(block, feature.log_column, short)
         case MultiCategorical():
             lists = cells.lists(block, feature.log_column, feature.delimiter)
             parsed.ids[feature.name] = _padded(
@@ -272,23 +264,44 @@ def _times(block: RawBlock, name: str | None, *, required: bool) -> cells.Floats
     return cells.known_times(block, name, times) if required else times
 
 
-def _single(block: RawBlock, name: str) -> Ids:
+def _single(block: RawBlock, name: str, short: ShortIds) -> Ids:
     def meant(distinct: pa.Array) -> pa.Array:
         return cells.texts(block, name, distinct)
 
-    ids = _short_ids(block, name, meant)
-    if ids is not None:
-        return ids
+    if name in short:
+        ids, plain = short[name]
+        return (
+            ids if plain else Ids.meaning(ids.codes[:, 0], ids.texts.take(np.arange(len(ids.texts))), meant)
+        )
     array = cells.column(block, name)
     return Ids.of(array, meant) if cells.is_text(array.type) else Ids.of(meant(array))
 
 
-def _short_ids(
-    block: RawBlock, name: str, meant: Callable[[pa.Array], pa.Array] = lambda texts: texts
-) -> Ids | None:
-    """The ids of a column that is only located; None unless all are short."""
-    words = block.rows.id_words(name) if isinstance(block.rows, Located) else None
-    return None if words is None else Ids.of_words(words, block.rows.wanted.missing_words, meant)
+def _short_ids(block: RawBlock) -> ShortIds:
+    """The ids of all columns that are only located and hold short texts, by those texts."""
+    if not isinstance(block.rows, Located):
+        return {}
+    words = {name: block.rows.id_words(name) for name in block.rows.wanted.ids}
+    coded = {name: pa.array(of).dictionary_encode() for name, of in words.items() if of is not None}
+    if not coded:
+        return {}
+    # All at once: a few long steps leave threads more time than many short ones.
+    distinct = np.concatenate([of.dictionary.to_numpy() for of in coded.values()])
+    lengths = np.searchsorted(WORD_MASKS, distinct)
+    keys = hash_words(distinct, lengths)
+    fraction = distinct >> (8 * (lengths - 2)).view(np.uint64) == _FRACTION
+    found: ShortIds = {}
+    start = 0
+    for name, of in coded.items():
+        part = slice(start, start + len(of.dictionary))
+        codes = of.indices.to_numpy()
+        for word in block.rows.wanted.missing_words:
+            for place in np.flatnonzero(distinct[part] == word):
+                codes = np.where(codes == place, np.int32(-1), codes)
+        ids = Ids(codes[:, None], keys[part], WordTexts(distinct[part]))
+        found[name] = ids, not fraction[part].any()
+        start = part.stop
+    return found
 
 
 def _key(block: RawBlock, name: str | None) -> NDArray[np.int64]:
@@ -383,12 +396,12 @@ def _bad_cells(
     return block.error(name, ((row, cells.value_at(array, row), problem(row)) for row in rows.tolist()))
 
 
-def _label(block: RawBlock, label: Label) -> cells.Floats:
+def _label(block: RawBlock, label: Label, short: ShortIds) -> cells.Floats:
     name = label.log_column
     if label.at_least is not None:
         values = cells.numbers(block, name)
         return np.where(np.isnan(values), np.nan, values >= label.at_least)
-    ids = _short_ids(block, name)
+    ids, _ = short.get(name, (None, True))
     if ids is None and cells.is_text((array := cells.column(block, name)).type):
         ids = Ids.of(array)
     if ids is not None:

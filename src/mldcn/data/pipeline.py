@@ -54,6 +54,8 @@ def ahead(items: Iterable[Out], lead: int = 2) -> Iterator[Out]:
 def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int | None = None) -> Iterator[Out]:
     """Like ``map``, by threads that are a bounded number of items ahead; an error is raised in its turn."""
     workers = workers or cores()
+    # An item waits for the next worker that is free; not for a single one, which there is where memory is scarce.
+    most = workers if workers > 1 else 0
     waiting: deque[Future[Out]] = deque()
     iterator = iter(items)
     failed: Exception | None = None
@@ -66,7 +68,7 @@ def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int | N
                     break
                 except Exception as error:
                     failed = error
-                if len(waiting) > workers:
+                if len(waiting) > most:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
