@@ -1,0 +1,100 @@
+"""How a server is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mldcn.errors import UserError
+
+Control = Literal["none", "poll", "explicit"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may be.
+
+    Attributes:
+        body_bytes: the longest body, also after it was unpacked.
+        rows: the most rows or candidates.
+        text_bytes: the longest text of one value (a list written as one text is one value).
+        seconds: the longest time that a request may take; a request's own deadline can only be sooner.
+        requests: the most requests that are answered at the same time, by transport.
+    """
+
+    body_bytes: int = 16 << 20
+    rows: int = 10_000
+    text_bytes: int = 1 << 16
+    seconds: float = 10.0
+    requests: int = 1024
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How requests are scored together.
+
+    Attributes:
+        rows: a batch takes no further request when it has so many rows.
+        delay: seconds that a request waits for others while there is room in its batch.
+        queue_rows: a request that would make more rows wait than this is refused at once.
+        workers: batches that are scored at the same time.
+    """
+
+    rows: int = 512
+    delay: float = 0.001
+    queue_rows: int = 8192
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that ``mldcn serve`` is told.
+
+    Attributes:
+        host: the address to listen on; nothing but this machine reaches the default.
+        http_port: 0 takes a free one.
+        grpc_port: 0 takes a free one; None serves no gRPC.
+        device: where models compute.
+        limits: what one request may be.
+        batching: how requests are scored together.
+        control: when models' folders are looked at again: never (but for SIGHUP), every ``poll_seconds``, or when
+            the protocol's repository calls ask for it.
+        poll_seconds: between two looks.
+        canary: share of the users whom the newest version answers while there is one before it; None: all.
+        token: what callers must send as ``Authorization: Bearer``.
+        certificate: PEM file of the server's certificate chain, for TLS.
+        private_key: PEM file of its key.
+        shutdown_delay: seconds between not being ready any more and the last connection taken in.
+        drain_seconds: the longest wait for requests under way when the server stops.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int | None = 8001
+    device: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+    batching: Batching = field(default_factory=Batching)
+    control: Control = "none"
+    poll_seconds: float = 5.0
+    canary: float | None = None
+    token: str | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
+    shutdown_delay: float = 0.0
+    drain_seconds: float = 30.0
+
+
+def read_token(file: Path) -> str:
+    """The token in a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{file}: cannot be read; write the token into it") from None
+    if len(token) < 16 or not token.isascii() or not token.isprintable():
+        raise UserError(f"{file}: a token has 16 or more plain characters; 'openssl rand -hex 32' makes one")
+    return token

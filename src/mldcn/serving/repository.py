@@ -1,0 +1,274 @@
+"""Which models and versions are served: loaded from folders, warmed up, swapped while requests run.
+
+A request picks a version once and keeps it to its end, so that none is answered by two; one that was replaced
+lives until its last request is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mldcn.config import suggest
+from mldcn.errors import UserError
+from mldcn.serving.engine import Engine
+from mldcn.serving.refused import Reason, Refused
+
+log = logging.getLogger("mldcn.serving")
+
+# A folder is a model's when it has one of these; they change whenever its content does.
+_MARKS = ("manifest.json", "run.json", "bundle.json")
+WARM_UP_CALLS = 3
+_REPLACEMENT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that answers."""
+
+    model: str
+    label: str
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that holds a version. ``label`` is the version's name; None takes the content's hash."""
+
+    model: str | None
+    path: Path
+    label: str | None = None
+
+    def state(self) -> tuple[object, ...]:
+        """Changes whenever the folder's content is replaced."""
+        marks = [self.path.resolve() / name for name in _MARKS]
+        stats = [mark.stat() if mark.is_file() else None for mark in marks]
+        return (marks[0], *(stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+def parse_path(text: str) -> tuple[str | None, Path]:
+    """``NAME=FOLDER`` or ``FOLDER``."""
+    name, equals, path = text.partition("=")
+    if equals and re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        return name, Path(path)
+    return None, Path(text)
+
+
+def places(roots: Sequence[tuple[str | None, Path]]) -> list[Place]:
+    """The versions that folders hold, older ones first.
+
+    A folder is a run or a bundle, or holds such by model, ``<model>``, or by model and version,
+    ``<model>/<version>``.
+    """
+    found: list[Place] = []
+    for name, root in roots:
+        children = [] if _is_model(root) or not root.is_dir() else _folders(root)
+        inside: list[Place] = []
+        for child in children:
+            if _is_model(child):
+                inside.append(Place(name or child.name, child, child.name if name else None))
+            else:
+                versions = [each for each in _folders(child) if _is_model(each)]
+                inside += [Place(name or child.name, each, each.name) for each in versions]
+        # With nothing in it, the folder itself is tried, whose loading says what is wrong.
+        found += inside or [Place(name, root)]
+    return found
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / mark).is_file() for mark in _MARKS)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders of a folder, by name; numbers in names by their size."""
+
+    def order(folder: Path) -> list[tuple[int, int, str]]:
+        parts = re.split(r"(\d+)", folder.name)
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+
+    return sorted((each for each in path.iterdir() if each.is_dir() and each.name[0] != "."), key=order)
+
+
+class Repository:
+    """The versions that are served.
+
+    Args:
+        roots: names (None: the folder's) and folders.
+        device: where models compute.
+        canary: share of the users whom a model's newest version answers while an older one is there.
+        changed: told ``(model, version or None, result)`` of each version that was loaded, failed or was dropped.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[tuple[str | None, Path]],
+        device: str = "auto",
+        canary: float | None = None,
+        changed: Callable[[str, str | None, str], None] = lambda *_: None,
+    ) -> None:
+        self._roots = list(roots)
+        self._device = device
+        self._canary = canary
+        self._changed = changed
+        self._loaded: dict[Place, tuple[tuple[object, ...], Version]] = {}
+        self._failed: dict[Place, tuple[object, ...]] = {}
+        self._hidden: set[str] = set()
+        self._models: dict[str, list[Version]] = {}
+        self._lock = asyncio.Lock()
+        self.ready = False
+
+    @property
+    def models(self) -> dict[str, list[Version]]:
+        """The versions of each model, older ones first."""
+        return self._models
+
+    async def load(self) -> None:
+        """Loads everything for the first time.
+
+        Raises:
+            UserError: a folder cannot be loaded, or two versions have one name.
+        """
+        await self._refresh(strict=True)
+        if not self._models:
+            raise UserError("no model to serve; name a run's folder, a bundle's, or a folder of such")
+        self.ready = True
+
+    async def refresh(self) -> None:
+        """Looks at the folders again: loads what is new or was replaced, drops what is gone.
+
+        A version that cannot be loaded leaves the one before it in its place; it is tried again when its folder
+        changes.
+        """
+        await self._refresh(strict=False)
+
+    async def show(self, model: str) -> None:
+        """Looks at the folders again, and serves a model that was hidden.
+
+        Raises:
+            Refused: there is no such model, or its newest content cannot be loaded.
+        """
+        self._hidden.discard(model)
+        self._failed.clear()
+        await self._refresh(strict=False)
+        if model not in self._models:
+            raise Refused(Reason.NOT_FOUND, f"no model {model!r} can be loaded")
+        if any(self._name(place) == model for place in self._failed):
+            raise Refused(Reason.INVALID, f"model {model!r}: its new content cannot be loaded; see the log")
+
+    async def hide(self, model: str) -> None:
+        """Serves a model no more."""
+        self.pick(model)
+        self._hidden.add(model)
+        await self._refresh(strict=False)
+
+    def pick(self, model: str | None, label: str = "", routing_key: str | None = None) -> Version:
+        """The version that answers a request.
+
+        Args:
+            model: None for the only one.
+            label: a version; empty for the newest, or the one before it: with a canary, the newest answers only
+                its share of the routing keys, always the same ones, and no request without a key.
+            routing_key: whom the request is for, a user's id for example.
+
+        Raises:
+            Refused: it is not there.
+        """
+        if model is None:
+            if len(self._models) != 1:
+                raise Refused(Reason.INVALID, "model: there are several; name one")
+            model = next(iter(self._models))
+        versions = self._models.get(model)
+        if versions is None:
+            raise Refused(Reason.NOT_FOUND, f"no model {model[:200]!r}{suggest(model[:200], self._models)}")
+        if label:
+            for version in versions:
+                if version.label == label:
+                    return version
+            raise Refused(Reason.NOT_FOUND, f"model {model!r} has no version {label[:200]!r}")
+        if self._canary is None or len(versions) == 1:
+            return versions[-1]
+        chosen = routing_key is not None and share_of(model, routing_key) < self._canary
+        return versions[-1] if chosen else versions[-2]
+
+    async def _refresh(self, *, strict: bool) -> None:
+        async with self._lock:
+            found = await asyncio.to_thread(places, self._roots)
+            if set(self._loaded) - set(found):
+                # Between the two renames of a replacement a folder is not there.
+                await asyncio.sleep(_REPLACEMENT_SECONDS)
+                found = await asyncio.to_thread(places, self._roots)
+            kept: dict[Place, tuple[tuple[object, ...], Version]] = {}
+            for place in found:
+                before = self._loaded.get(place)
+                if self._name(place) in self._hidden:
+                    continue
+                loaded = await self._loaded_anew(place, before, strict)
+                if loaded is not None:
+                    kept[place] = loaded
+            models: dict[str, list[Version]] = {}
+            for _, version in kept.values():
+                versions = models.setdefault(version.model, [])
+                if any(each.label == version.label for each in versions):
+                    message = f"{version.model}: two folders hold version {version.label}; remove one"
+                    if strict:
+                        raise UserError(message)
+                    log.error(message)
+                    continue
+                versions.append(version)
+            before_labels = {(v.model, v.label) for versions in self._models.values() for v in versions}
+            # From here on new requests go to the new versions, all at once.
+            self._loaded, self._models = kept, models
+            after_labels = {(v.model, v.label) for versions in models.values() for v in versions}
+            for model, label in sorted(before_labels - after_labels):
+                log.info("model %s: version %s is served no more", model, label)
+                self._changed(model, label, "dropped")
+
+    async def _loaded_anew(
+        self, place: Place, before: tuple[tuple[object, ...], Version] | None, strict: bool
+    ) -> tuple[tuple[object, ...], Version] | None:
+        try:
+            state = place.state()
+        except OSError:
+            return before  # it is being replaced just now
+        if self._failed.get(place) == state or (before is not None and before[0] == state):
+            return before
+        name = self._name(place)
+        try:
+            version = await asyncio.to_thread(_load, place, self._device)
+        except Exception as error:
+            if strict:
+                raise
+            log.error("model %s: cannot be loaded, the version before stays: %s", name, error)
+            self._failed[place] = state
+            self._changed(name, None, "failed")
+            return before
+        self._failed.pop(place, None)
+        log.info("model %s: version %s is ready", version.model, version.label)
+        self._changed(version.model, version.label, "loaded")
+        return state, version
+
+    def _name(self, place: Place) -> str:
+        return place.model or place.path.resolve().name
+
+
+def _load(place: Place, device: str) -> Version:
+    """Loads and warms up a version; it answers its sample request before anybody else's."""
+    engine = Engine.load(place.path, device)
+    engine.check()
+    sample = engine.sample()
+    for _ in range(WARM_UP_CALLS):
+        engine.rank(sample["constant"], sample["candidates"])
+    return Version(place.model or place.path.resolve().name, place.label or engine.version, engine)
+
+
+def share_of(model: str, routing_key: str) -> float:
+    """Where a key lies in [0, 1), the same in every process; other models draw other users."""
+    digest = hashlib.blake2b(
+        f"{model}\0{routing_key}".encode("utf-8", "surrogatepass"), digest_size=8
+    ).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,189 @@
+"""What the server does for a request, whichever transport it came by."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from mldcn import __version__
+from mldcn.errors import UserError
+from mldcn.serving import ranking, wire
+from mldcn.serving.batching import Batcher
+from mldcn.serving.engine import Rows, Scores
+from mldcn.serving.metrics import Metrics
+from mldcn.serving.options import Options
+from mldcn.serving.refused import Reason, Refused, invalid
+from mldcn.serving.repository import Repository, Version
+
+log = logging.getLogger("mldcn.serving")
+
+NAME = "mldcn"
+EXTENSIONS = ("binary_tensor_data", "model_repository")
+SMALL_ROWS = 64  # encoded in the event loop: to hand them to a thread costs more
+
+
+class Service:
+    """The server but for its sockets.
+
+    Args:
+        repository: the models.
+        options: of the server.
+        metrics: told about everything.
+    """
+
+    def __init__(self, repository: Repository, options: Options, metrics: Metrics) -> None:
+        self.repository = repository
+        self.options = options
+        self.metrics = metrics
+        # Encoding has threads of its own, so that a batch never waits for the reading of a later one.
+        self._encoders = ThreadPoolExecutor(options.batching.workers, "encode")
+        self._scorers = ThreadPoolExecutor(options.batching.workers, "score")
+        self._batcher = Batcher(options.batching, self._scorers, metrics)
+        self.stopping = False
+
+    def start(self) -> None:
+        """Begins to score."""
+        self._batcher.start()
+
+    async def stop(self) -> None:
+        """Ends; what is not scored yet is refused."""
+        await self._batcher.stop()
+        for pool in (self._encoders, self._scorers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def version(self) -> str:
+        """The server's."""
+        return __version__
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are wanted."""
+        return self.repository.ready and not self.stopping
+
+    def check_ready(self) -> None:
+        """Refuses a request before the models are loaded. Those that come while the server drains are answered."""
+        if not self.repository.ready:
+            raise Refused(Reason.NOT_READY, "the models are being loaded", retry_after=1)
+
+    def is_ready(self, model: str, label: str) -> bool:
+        """Whether a version answers."""
+        try:
+            self.repository.pick(model, label)
+        except Refused:
+            return False
+        return self.ready
+
+    def admit(self) -> None:
+        """Refuses a request at once when too many wait, before its body is read into values."""
+        self.check_ready()
+        self._batcher.admit(1)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Counts the time of a stage."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.metrics.stages[name].observe(time.monotonic() - begun)
+
+    async def infer(self, request: wire.InferRequest) -> tuple[Version, Scores]:
+        """Scores the rows of a protocol's request.
+
+        Raises:
+            Refused: it is not answered.
+        """
+        version = self.repository.pick(request.model, request.version, request.routing_key)
+        wire.output_names(version.engine, request.outputs)
+        rows = max((tensor.shape[0] for tensor in request.tensors), default=0)
+
+        def encode() -> Rows:
+            columns = wire.columns_of(request.tensors, version.engine, self.options.limits)
+            return version.engine.encode(columns)
+
+        return version, await self._score(version, encode, rows, request.timeout)
+
+    async def rank(
+        self, request: ranking.RankHead, candidates: Mapping[str, Sequence[Any]]
+    ) -> tuple[Version, ranking.Ranked]:
+        """Ranks the candidates of a request.
+
+        Raises:
+            Refused: it is not answered.
+        """
+        rows = ranking.check(request, candidates, self.options.limits)
+        version = self.repository.pick(request.model, request.version, request.routing_key)
+        constant = ranking.constant_of(request)
+        tasks = version.engine.tasks
+        if not rows:
+            return version, ranking.ranked(request, tasks, Scores(np.zeros((0, len(tasks)), np.float32)))
+        timeout = None if request.timeout_ms is None else request.timeout_ms / 1000
+
+        def encode() -> Rows:
+            return version.engine.encode_rank(constant, candidates)
+
+        scores = await self._score(version, encode, rows, timeout)
+        return version, ranking.ranked(request, tasks, scores)
+
+    def index(self) -> list[dict[str, str]]:
+        """The versions that are served."""
+        return [
+            {"name": version.model, "version": version.label, "state": "READY", "reason": ""}
+            for versions in self.repository.models.values()
+            for version in versions
+        ]
+
+    async def load(self, model: str) -> None:
+        """Looks at a model's folder again, where callers may ask for it.
+
+        Raises:
+            Refused: they may not, or it cannot be loaded.
+        """
+        self._check_control()
+        await self.repository.show(model)
+
+    async def unload(self, model: str) -> None:
+        """Serves a model no more, where callers may ask for it.
+
+        Raises:
+            Refused: they may not, or there is no such model.
+        """
+        self._check_control()
+        await self.repository.hide(model)
+
+    def _check_control(self) -> None:
+        if self.options.control != "explicit":
+            raise Refused(Reason.FORBIDDEN, "callers may not load models; the server was not started for it")
+
+    async def _score(
+        self, version: Version, encode: Callable[[], Rows], rows: int, timeout: float | None
+    ) -> Scores:
+        longest = self.options.limits.seconds
+        try:
+            async with asyncio.timeout(longest if timeout is None else min(timeout, longest)):
+                with self.stage("encode"):
+                    encoded = await self._encoded(encode, rows)
+                scores = await self._batcher.score(version.engine, encoded)
+        except TimeoutError:
+            raise Refused(Reason.LATE, "the deadline has passed") from None
+        if not np.isfinite(scores.probabilities).all():
+            log.error("model %s, version %s: a score is no number", version.model, version.label)
+            raise Refused(Reason.INTERNAL, "a score is no number")
+        self.metrics.scored(version.model, version.label, version.engine.tasks, scores)
+        return scores
+
+    async def _encoded(self, encode: Callable[[], Rows], rows: int) -> Rows:
+        try:
+            if rows <= SMALL_ROWS:
+                return encode()
+            return await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
+        except UserError as error:
+            raise invalid(str(error)) from None

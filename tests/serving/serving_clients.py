@@ -1,0 +1,82 @@
+"""A server in a thread, and requests for it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+from serving_cases import columns, log
+
+from mldcn.serving.engine import Engine
+from mldcn.serving.options import Options
+from mldcn.serving.repository import parse_path
+from mldcn.serving.server import Addresses, Server
+
+TEXTS = ["user", "item", "tags"]
+NUMBERS = ["age", "price", "distance", "time"]
+
+
+class Running:
+    """A server that answers at ``http`` and ``grpc``."""
+
+    def __init__(self, server: Server, addresses: Addresses) -> None:
+        self.server = server
+        self.http = addresses.http
+        self.host = addresses.http.removeprefix("http://")
+        self.grpc = addresses.grpc
+        self.client = httpx.Client(base_url=addresses.http, timeout=20)
+
+    def metric(self, line: str) -> float:
+        """The value of a line of /metrics, 0 where it is not there."""
+        for each in self.client.get("/metrics").text.splitlines():
+            if each.startswith(f"{line} "):
+                return float(each.rpartition(" ")[2])
+        return 0.0
+
+
+@contextlib.contextmanager
+def serving(*paths: Path | str, **options) -> Iterator[Running]:
+    """Serves folders on free ports until the block ends."""
+    options = {"http_port": 0, "grpc_port": 0, "device": "cpu", **options}
+    server = Server([parse_path(str(path)) for path in paths], Options(**options))
+    found: list[Addresses] = []
+    errors: list[BaseException] = []
+    ready = threading.Event()
+
+    def run() -> None:
+        try:
+            server.run(ready=lambda addresses: (found.append(addresses), ready.set()))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(60)
+        if errors:
+            raise errors[0]
+        running = Running(server, found[0])
+        with running.client:
+            yield running
+    finally:
+        server.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def rows(engine: Engine, count: int, seed: int = 1) -> dict[str, list]:
+    """Rows of the log as columns of raw values, some ids unseen, some values missing."""
+    return columns(log(count, seed, unseen=True), [each.name for each in engine.inputs])
+
+
+def expected(engine: Engine, values: dict[str, list]) -> np.ndarray:
+    """The probabilities ``(n, T)`` that every transport must give."""
+    return engine.score(values).probabilities
