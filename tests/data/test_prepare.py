@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from mldcn.config import Config, parse
 from mldcn.data import shards, text_log
-from mldcn.data.pipeline import ahead, ordered_map
+from mldcn.data.pipeline import ahead, ordered_map, short_turns
 from mldcn.data.prepare import prepare
 from mldcn.data.splits import TimesOnDisk
 from mldcn.errors import UserError
@@ -424,3 +425,11 @@ def test_a_cell_that_is_no_number_is_named_as_it_stands(tmp_path, monkeypatch, b
     )
     assert data.rejected == 1
     assert len(data.train) == 14_999
+
+
+def test_short_turns_end_with_their_block():
+    before = sys.getswitchinterval()
+    with pytest.raises(KeyError), short_turns():
+        assert sys.getswitchinterval() < before
+        raise KeyError
+    assert sys.getswitchinterval() == before

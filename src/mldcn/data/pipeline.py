@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -77,6 +79,21 @@ def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int | N
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextlib.contextmanager
+def short_turns() -> Iterator[None]:
+    """Inside the block a thread that waits for the interpreter asks for it after 0.1 ms.
+
+    By default it waits for 5 ms, in which another thread may take many steps of NumPy that each let go of the
+    interpreter for a moment too short to be noticed: the threads would work one after the other.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def give_memory_back() -> None:

@@ -27,7 +27,7 @@ from mldcn.data.fitting import Fitter, MeasuredBlock, Statistics, Store
 from mldcn.data.parsing import ParsedBlock
 from mldcn.data.partial import Partial, PartialRejects, read_sealed, write_sealed
 from mldcn.data.passes import LogPasses, Progress, rows_of
-from mldcn.data.pipeline import give_memory_back, ordered_map
+from mldcn.data.pipeline import give_memory_back, ordered_map, short_turns
 from mldcn.data.reading import RawBlock
 from mldcn.data.shards import EncodedRows, ShardFiles, replace_folder
 from mldcn.data.splits import LEFT_OUT, PARTS, TRAIN, Part, Parts, Rule, ThresholdRule
@@ -103,7 +103,7 @@ def prepare(
             return found
         partial = folder.with_name(f"{folder.name}.partial")
         if read_sealed(partial / _FILE).get("key") != key:
-            with writing(partial):
+            with writing(partial), short_turns():
                 _prepare(config, Partial(partial, key), progress, base, statistics)
         Partial.clean(partial)
         replace_folder(partial, folder)
