@@ -15,6 +15,7 @@ from mldcn.config import Config, dump_config, load_config, parse
 from mldcn.data.batch import EncodedLayout
 from mldcn.data.encoder import Encoder
 from mldcn.data.parsing import salvage
+from mldcn.data.pipeline import give_memory_back
 from mldcn.data.prepare import REJECTS, EncodedData, prepare
 from mldcn.data.reading import open_log
 from mldcn.data.rejects import RejectsFile
@@ -256,9 +257,12 @@ def _evaluate(
     run: RunFolder, files: Sequence[str], folder: Path, encoding: Encoding | None, rejects: RejectsFile
 ) -> Evaluation:
     predictor = Predictor(run)
+    rows = _encode_log(predictor, files, folder / "encoded", encoding, rejects)
+    # Some 80 MB that reading the log has used and scoring does not.
+    give_memory_back()
     return evaluate(
         predictor.model,
-        _encode_log(predictor, files, folder / "encoded", encoding, rejects),
+        rows,
         predictor.config,
         device=predictor.device,
         predictions=folder / "predictions.arrow",
