@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 from serving_cases import columns, log
 
 from mldcn.serving.engine import Engine
@@ -30,11 +31,12 @@ class Running:
         self.grpc = addresses.grpc
         self.client = httpx.Client(base_url=addresses.http, timeout=20)
 
-    def metric(self, line: str) -> float:
-        """The value of a line of /metrics, 0 where it is not there."""
-        for each in self.client.get("/metrics").text.splitlines():
-            if each.startswith(f"{line} "):
-                return float(each.rpartition(" ")[2])
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of a series of /metrics, 0 where it is not there."""
+        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+            for sample in family.samples:
+                if (sample.name, sample.labels) == (name, labels):
+                    return sample.value
         return 0.0
 
 

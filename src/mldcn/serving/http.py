@@ -92,6 +92,11 @@ def build(service: Service) -> Callable[[Scope, Receive, Send], Awaitable[None]]
         assert isinstance(error, HTTPException)
         return answer({"error": str(error.detail)}, error.status_code, dict(error.headers or {}))
 
+    async def broken(request: Request, error: Exception) -> Response:
+        # It is raised again after this answer, and logged by Around.
+        return _internal(request.scope["call"])
+
+    app.add_exception_handler(Exception, broken)
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(HTTPException, no_route)
     return Around(app, service)
@@ -300,8 +305,7 @@ class Around:
         except Exception:
             log.exception("request %s: internal error", call.id)
             if status == "gone":
-                error = {"error": f"internal error; the server's log tells more of request {call.id}"}
-                await answer(error, 500)(scope, receive, sending)
+                await _internal(call)(scope, receive, sending)
         finally:
             self._under_way -= 1
             call.done(status, logged=scope["path"] not in OPEN)
@@ -321,6 +325,10 @@ class Around:
         if self._under_way > self._service.options.limits.requests:
             return Refused(Reason.BUSY, "too many requests are under way; try again later", 1)
         return None
+
+
+def _internal(call: Call) -> Response:
+    return answer({"error": f"internal error; the server's log tells more of request {call.id}"}, 500)
 
 
 def _refusal(error: Refused) -> Response:

@@ -23,6 +23,7 @@ class Metrics:
     """A server's counters; several servers of one process do not share them."""
 
     def __init__(self) -> None:
+        self._served: set[tuple[str, str]] = set()
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter(
@@ -74,7 +75,9 @@ class Metrics:
         r.register(self.scores)
 
     def scored(self, model: str, version: str, tasks: Iterable[str], scores: Scores) -> None:
-        """Counts one answer."""
+        """Counts one answer. One of a version that is served no more would bring its series back."""
+        if (model, version) not in self._served:
+            return
         self.rows.labels(model, version).inc(len(scores))
         for counter, found in ((self.unseen, scores.unseen), (self.missing, scores.missing)):
             for feature, count in found.items():
@@ -82,8 +85,13 @@ class Metrics:
         for place, task in enumerate(tasks):
             self.scores.add((model, version, task), scores.probabilities[:, place])
 
+    def serve(self, model: str, version: str) -> None:
+        """Begins the series of a version."""
+        self._served.add((model, version))
+
     def forget(self, model: str, version: str) -> None:
         """Drops the series of a version that is served no more, or they would pile up."""
+        self._served.discard((model, version))
         for counter in (self.rows, self.unseen, self.missing):
             counter.remove_by_labels({"model": model, "version": version})
         self.scores.forget(model, version)
@@ -108,6 +116,10 @@ class ScoreHistogram(Collector):
         with self._lock:
             self._counts[labels] = self._counts.get(labels, 0) + counts
             self._sums[labels] = self._sums.get(labels, 0.0) + float(values.sum(dtype=np.float64))
+
+    def serve(self, model: str, version: str) -> None:
+        """Begins the series of a version."""
+        self._served.add((model, version))
 
     def forget(self, model: str, version: str) -> None:
         """Drops a version's series."""

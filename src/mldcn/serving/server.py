@@ -67,7 +67,7 @@ class Server:
 
     def stop(self) -> None:
         """Begins to drain; may be called by another thread."""
-        if self._loop is not None and self._stop is not None:
+        if self._stop is not None and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop.set)
 
     async def _serve(
@@ -190,8 +190,10 @@ class Server:
     def _changed(self, model: str, version: str | None, result: str) -> None:
         if result == "dropped" and version is not None:
             self.metrics.forget(model, version)
-        else:
-            self.metrics.loads.labels(model, result).inc()
+            return
+        if version is not None:
+            self.metrics.serve(model, version)
+        self.metrics.loads.labels(model, result).inc()
 
 
 class _Web(uvicorn.Server):
