@@ -55,6 +55,29 @@ class Optimiser(StrEnum):
     restart = "restart"
 
 
+class ExportTarget(StrEnum):
+    """What an exported program is made for."""
+
+    aoti = "aoti"
+    onnx = "onnx"
+    torch_export = "torch-export"
+
+
+class ExportDType(StrEnum):
+    """Numbers that an exported program works with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ExportTables(StrEnum):
+    """How the numbers of exported tables are written."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 class ServeControl(StrEnum):
     """When a server looks at its models' folders again."""
 
@@ -344,6 +367,45 @@ def predict(
     scored = predict_file(Predictor.load(run), [str(path) for path in log], out, keep)
     screen.print(f"wrote {out}: {scored.rows:,} rows", markup=False)
     warn_of_rejects(scored.rejected, scored.first, scored.rejects)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[
+        ExportTarget,
+        typer.Option(help="compiled for this machine, for ONNX Runtime, or for any PyTorch of this version"),
+    ] = ExportTarget.torch_export,
+    out: Annotated[Path | None, typer.Option(help="the bundle's folder; RUN-<to> by default")] = None,
+    dtype: Annotated[ExportDType, typer.Option(help="of the dense weights and the work")] = ExportDType.fp32,
+    embeddings: Annotated[ExportTables, typer.Option(help="of the embedding tables")] = ExportTables.fp32,
+    device: Annotated[str, typer.Option(help="that aoti compiles for")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="replace the bundle if it is there")] = False,
+) -> None:
+    """Writes a run as a bundle for serving: preprocessing, tables and a program that needs no training code.
+
+    Example: mldcn export runs/mldcn --to onnx --out bundles/mldcn
+    """
+    from mldcn.console import out as screen
+    from mldcn.predict import Predictor
+    from mldcn.serving.export import export_run
+
+    target = out or run.resolve().with_name(f"{run.resolve().name}-{to.value}")
+    made = export_run(
+        Predictor.load(run, "cpu"),
+        to.value,
+        target,
+        dtype=dtype.value,
+        embeddings=embeddings.value,
+        device=device,
+        overwrite=force,
+    )
+    screen.print(
+        f"wrote {target}: {sum(made.sizes.values()):,} bytes in {len(made.sizes)} files\n"
+        f"its probabilities differ from the run's by at most {made.difference:.2g} on {made.rows:,} made-up rows\n"
+        f"next:\n  mldcn serve {target}",
+        markup=False,
+    )
 
 
 @app.command()

@@ -68,7 +68,10 @@ class Embedder(nn.Module):
         Raises:
             UserError: an id lies outside its table (on CUDA a device-side assertion instead).
         """
-        rows: Rows = {key: stack(ids) for key, stack in self.stacks.items()}
+        return self.assemble({key: stack(ids) for key, stack in self.stacks.items()}, ids, dense)
+
+    def assemble(self, rows: Rows, ids: Tensor, dense: Tensor) -> Tensor:
+        """``x0 (B, d)`` from rows that were looked up already; ``ids`` only tell what is padding."""
         pieces = [part(rows, ids, dense) for part in self.parts]
         x0 = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         if self.norm is not None:

@@ -52,7 +52,10 @@ class FirstOrderTerms(nn.Module):
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
         """``(B, F)``."""
-        values = self.embedder(ids, dense)
+        return self.weighed(self.embedder(ids, dense))
+
+    def weighed(self, values: Tensor) -> Tensor:
+        """``(B, F)`` from the ids' weights and the numbers as they are, side by side."""
         terms = torch.where(self.dense, values * self.weight, values)
         return torch.stack([part.sum(dim=1) for part in torch.split(terms, self.columns, dim=1)], dim=1)
 
@@ -93,11 +96,7 @@ class CrossedCodewords(nn.Module):
 
     def codewords(self, ids: Tensor) -> Tensor:
         """Rows ``(B, P hashes)`` of the codebook."""
-        own = ids.index_select(1, self.columns).long()  # (B, F)
-        key = self.salts.unsqueeze(0)  # (1, P, hashes)
-        for place in self.members.unbind(1):
-            key = _mixed(key ^ own[:, place].unsqueeze(2))
-        return key.remainder(self.rows).flatten(1)
+        return hashed_crosses(ids, self.columns, self.members, self.salts, self.rows)
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
         """``(B, P hashes dim)``."""
@@ -169,6 +168,23 @@ class SideEmbedder(nn.Module):
                 yield f"parts.{i}.embedder", part.embedder
             elif isinstance(part, Embedder):
                 yield f"parts.{i}", part
+
+
+def hashed_crosses(ids: Tensor, columns: Tensor, members: Tensor, salts: Tensor, rows: int) -> Tensor:
+    """Rows ``(B, P hashes)`` of a codebook for the combinations of each row's ids.
+
+    Args:
+        ids: ``(B, C)``.
+        columns: ``(F,)``, which of them are crossed.
+        members: ``(P, order)``, the places in ``columns`` of each combination.
+        salts: ``(P, hashes)`` int64.
+        rows: of the codebook.
+    """
+    own = ids.index_select(1, columns).long()  # (B, F)
+    key = salts.unsqueeze(0)  # (1, P, hashes)
+    for place in members.unbind(1):
+        key = _mixed(key ^ own[:, place].unsqueeze(2))
+    return key.remainder(rows).flatten(1)
 
 
 def _mixed(keys: Tensor) -> Tensor:

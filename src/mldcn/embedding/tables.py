@@ -90,7 +90,10 @@ class TableStack(nn.Module):
         keep = None
         if not self.all_single:
             keep = (ids.index_select(1, self.item_columns) != MISSING) | self.single
-        gathered = gather_rows(self.weight, own + self.shift, keep)
+        return self.split(gather_rows(self.weight, own + self.shift, keep))
+
+    def split(self, gathered: Tensor) -> tuple[Tensor, ...]:
+        """All rows that were read, ``(B, columns of all groups, e)``, by group."""
         if len(self.group_sizes) == 1:
             return (gathered,)
         # One split rather than slices: its backward pass writes the gradient once, not once a slice.

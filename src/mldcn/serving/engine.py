@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mldcn.config import Config, load_config
+from mldcn.config import Config
 from mldcn.data.batch import MISSING, OUT_OF_VOCABULARY, IdSlot
 from mldcn.data.encoder import EncodedBlock, Encoder
 from mldcn.data.parsing import ParsedBlock, parse
@@ -82,6 +82,7 @@ class Engine:
         encoder: from raw values to encoded rows.
         calibrators: of the tasks that have one.
         program: from encoded rows to logits.
+        sample: a request, the probabilities of its answer and how far others may lie apart.
     """
 
     def __init__(
@@ -92,13 +93,15 @@ class Engine:
         encoder: Encoder,
         calibrators: Mapping[str, Platt | Isotonic],
         program: Program,
+        sample: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.version = version
         self.config = config
         self.encoder = encoder
         self._calibrators = dict(calibrators)
-        self._program = program
+        self.program = program
+        self._sample = sample
         self._columns = Columns(config.log_schema, config.data.missing)
         self._rates = [label.negative_sampling_rate for label in config.log_schema.labels]
 
@@ -110,17 +113,22 @@ class Engine:
             UserError: the folder is neither, or is damaged, unfinished or of another version.
         """
         path = Path(path)
+        if (path / "bundle.json").is_file():
+            from mldcn.serving.bundle import open_bundle
+
+            return open_bundle(path, device)
         if not (path / VERSIONED).is_file():
             raise UserError(f"{path}: is neither a run's folder nor a bundle; 'mldcn fit' makes the former")
-        return cls._of_run(RunFolder.open(path), device)
+        return cls.of_predictor(Predictor(RunFolder.open(path), device))
 
     @classmethod
-    def _of_run(cls, run: RunFolder, device: str) -> Engine:
-        predictor = Predictor(run, device)
+    def of_predictor(cls, predictor: Predictor) -> Engine:
+        """The engine of a run, computed by PyTorch operation by operation."""
+        run = predictor.run
         return cls(
             run.path.resolve().name,
             content_version(run.path / "manifest.json"),
-            load_config(run.config),
+            predictor.config,
             predictor.encoder,
             predictor.calibrators,
             eager(predictor.model, predictor.device),
@@ -164,7 +172,7 @@ class Engine:
         Raises:
             UserError: a column is in both or in neither, or as :meth:`score`.
         """
-        return self.score(self._columns.joined(constant, candidates))
+        return self.score_rows([self.encode_rank(constant, candidates)])[0]
 
     def encode(self, columns: Mapping[str, Sequence[Any]]) -> Rows:
         """The first half of :meth:`score`: what can be wrong with a call is found here.
@@ -176,6 +184,14 @@ class Engine:
         parsed = parse(self.config.log_schema, RawBlock(table, "request", 1), labels=False)
         block = self.encoder.assemble(parsed)
         return Rows(block.ids, block.dense, self._unseen(block), self._missing(parsed, block))
+
+    def encode_rank(self, constant: Mapping[str, Any], candidates: Mapping[str, Sequence[Any]]) -> Rows:
+        """The first half of :meth:`rank`.
+
+        Raises:
+            UserError: as :meth:`rank`.
+        """
+        return self.encode(self._columns.joined(constant, candidates))
 
     def score_rows(self, calls: Sequence[Rows]) -> list[Scores]:
         """The second half of :meth:`score`, for several calls in one batch."""
@@ -191,13 +207,15 @@ class Engine:
 
     def sample(self) -> dict[str, Any]:
         """A request that works: ``{"constant": {...}, "candidates": {...}}``, as :meth:`rank` takes it."""
+        if self._sample is not None:
+            return dict(self._sample["request"])
         return sample_request(self.config.log_schema, self.encoder, self._columns)
 
     def check(self) -> None:
         """Scores the sample request.
 
         Raises:
-            UserError: the answer holds no probabilities.
+            UserError: the answer holds no probabilities, or others than at export.
         """
         request = self.sample()
         found = self.rank(request["constant"], request["candidates"]).probabilities
@@ -210,7 +228,7 @@ class Engine:
         size = self.config.training.eval_batch_size
         parts = [
             torch.sigmoid(
-                torch.from_numpy(self._program(ids[start : start + size], dense[start : start + size]))
+                torch.from_numpy(self.program(ids[start : start + size], dense[start : start + size]))
             )
             for start in range(0, len(ids), size)
         ]
