@@ -152,7 +152,7 @@ def test_what_is_no_arrow_stream_is_refused(server, request_of):
         ({"context": {"user": "u1"}}, 400, "'user' is given in user and in context"),
         ({"user": {}}, 400, "lacking"),
         ({"context": {"item": "i1"}}, 400, "'item' is given once for the request and again"),
-        ({"candidates": {"item": [{"a": [{}]}]}}, 400, "item|lacking"),
+        ({"candidates": {"item": [{"a": [{}]}]}}, 400, "'item': a value is a text"),
         ({"timeout_ms": 0}, 400, "timeout_ms"),
     ],
 )
@@ -161,6 +161,73 @@ def test_a_wrong_request_is_refused(server, request_of, change, status, message)
     response = ask(server, {**body, **change})
     assert response.status_code == status, response.text
     assert re.search(message, response.json()["error"])
+
+
+WILD = [
+    None,
+    True,
+    -1,
+    2**53 + 1,
+    2**63,
+    -(2**64),
+    10**400,
+    1e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    "",
+    "nan",
+    "-1e999",
+    "\ud800",
+    "\0",
+    "a|b||c",
+    "\u202e",
+    "9" * 5000,
+    [],
+    [None],
+    ["a", 1],
+    [1.5, "x", None],
+    [float("inf")] * 4,
+    [1e300] * 4,
+    [[1]],
+    {},
+    [{}],
+]
+
+
+def nested(depth):
+    return f"{'[' * depth}1{']' * depth}"
+
+
+def test_wild_values_are_answered_or_refused_never_more(server, request_of):
+    body, _ = request_of(3)
+    rng = np.random.default_rng(0)
+    places = [(block, name) for block in ("user", "context", "candidates") for name in body[block]]
+    for _ in range(2):
+        for value in WILD:
+            wild = json.loads(json.dumps(body))
+            for number in rng.choice(len(places), 2, replace=False):
+                block, name = places[number]
+                column = wild[block]
+                column[name] = [value, *column[name][1:]] if block == "candidates" else value
+            response = ask(server, wild)
+            assert response.status_code in (200, 400, 413), (value, places[number], response.text)
+    for block, name in places:
+        for value in WILD:
+            wild = json.loads(json.dumps(body))
+            wild[block][name] = [value] * 3 if block == "candidates" else value
+            response = ask(server, wild)
+            assert response.status_code in (200, 400, 413), (value, name, response.text)
+
+
+@pytest.mark.parametrize("depth", [5, 300, 900, 990, 100_000])
+def test_deep_values_are_refused(server, request_of, depth):
+    body, _ = request_of(1)
+    whole = json.dumps({**body, "user": {"age": "HERE"}}).replace('"HERE"', nested(depth))
+    response = server.client.post("/v1/rank", content=whole)
+    assert response.status_code == 400
+    whole = '{"inputs": [], "parameters": {"routing_key": ' + nested(depth) + "}}"
+    assert server.client.post("/v2/models/ads/infer", content=whole).status_code == 400
 
 
 def test_other_content_types_are_refused(server):

@@ -387,6 +387,10 @@ def test_options_that_do_not_go_together_are_refused(served_run, tmp_path, caplo
         Server([(None, served_run)], Options(certificate=tmp_path / "c.pem"))
     with pytest.raises(UserError, match="is no file"):
         Server([(None, served_run)], Options(certificate=tmp_path / "c", private_key=tmp_path / "k"))
+    for name in ("c", "k"):
+        (tmp_path / name).write_text("nothing")
+    with pytest.raises(UserError, match="is no PEM certificate chain that goes with"):
+        Server([(None, served_run)], Options(certificate=tmp_path / "c", private_key=tmp_path / "k"))
     with pytest.raises(UserError, match="a share of the users"):
         Server([(None, served_run)], Options(canary=2.0))
     Server([(None, served_run)], Options(host="0.0.0.0"))

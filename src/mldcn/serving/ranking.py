@@ -16,7 +16,7 @@ from mldcn.predict import PROBABILITY
 from mldcn.serving.engine import Scores
 from mldcn.serving.options import Limits
 from mldcn.serving.refused import invalid
-from mldcn.serving.wire import check_rows, check_texts
+from mldcn.serving.wire import check_rows, check_values
 
 # The metadata key of an Arrow stream that holds the request but for its candidates.
 ARROW_KEY = b"mldcn"
@@ -219,10 +219,10 @@ def check(request: RankHead, candidates: Mapping[str, Sequence[Any]], limits: Li
     check_rows(rows, limits)
     for name, values in candidates.items():
         if not isinstance(values, pa.Array):
-            check_texts(name, values, limits)
+            check_values(name, values, limits)
     for block in (request.user, request.context):
         for name, value in block.items():
-            check_texts(name, [value], limits)
+            check_values(name, [value], limits)
     return rows
 
 

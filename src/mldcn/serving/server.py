@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,13 @@ def check_options(options: Options) -> None:
     for file in (options.certificate, options.private_key):
         if file is not None and not file.is_file():
             raise UserError(f"{file}: is no file")
+    if options.certificate is not None and options.private_key is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.certificate, options.private_key)
+        except (ssl.SSLError, OSError):
+            raise UserError(
+                f"{options.certificate}: is no PEM certificate chain that goes with {options.private_key}"
+            ) from None
     if options.canary is not None and not 0 <= options.canary <= 1:
         raise UserError("--canary: a share of the users, from 0 to 1")
     if options.token is None and not is_loopback(options.host):

@@ -192,7 +192,7 @@ def columns_of(tensors: Sequence[Tensor], engine: Engine, limits: Limits) -> dic
         if tensor.name in found:
             raise invalid(f"input {tensor.name!r}: is given twice")
         values = tensor.values.tolist() if isinstance(tensor.values, np.ndarray) else tensor.values
-        check_texts(tensor.name, values, limits)
+        check_values(tensor.name, values, limits)
         if len(tensor.shape) == 2 and tensor.name in lists:
             width = tensor.shape[1]
             values = [values[start * width : (start + 1) * width] for start in range(tensor.shape[0])]
@@ -204,13 +204,19 @@ def columns_of(tensors: Sequence[Tensor], engine: Engine, limits: Limits) -> dic
     return found
 
 
-def check_texts(name: str, values: Iterable[Any], limits: Limits) -> None:
-    """Refuses texts that are too long."""
-    longest = max((len(value) for value in values if isinstance(value, str)), default=0)
+def check_values(name: str, values: Iterable[Any], limits: Limits) -> None:
+    """Refuses texts that are too long, and values that are neither plain nor lists of plain ones."""
+    longest = 0
+    for value in values:
+        for each in value if isinstance(value, list) else (value,):
+            if isinstance(each, str):
+                longest = max(longest, len(each))
+            elif isinstance(each, list | dict):
+                raise invalid(f"{name!r}: a value is a text, a number, true, false, null or a list of these")
     if longest > limits.text_bytes:
         raise Refused(
             Reason.TOO_LARGE,
-            f"input {name!r}: a text of {longest} characters is longer than {limits.text_bytes}",
+            f"{name!r}: a text of {longest} characters is longer than {limits.text_bytes}",
         )
 
 
