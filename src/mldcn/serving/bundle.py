@@ -103,8 +103,12 @@ def _seal(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             sync_file(file)
-            files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+            files[str(file.relative_to(folder))] = _sums(file)
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
+
+
+def _sums(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": digest(file)}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -243,7 +247,7 @@ def _verify(path: Path) -> None:
             raise UserError(f"{path / MANIFEST}: names {name!r}, which lies outside; export the run again")
         if not file.is_file():
             raise UserError(f"{file}: missing from the bundle; export the run again or restore the file")
-        if file.stat().st_size != expected["bytes"] or digest(file) != expected["sha256"]:
+        if expected != _sums(file):
             raise UserError(f"{file}: damaged (its checksum is not the manifest's); export the run again")
     for file in path.rglob("*"):
         if file.is_file() and file != path / MANIFEST and str(file.relative_to(path)) not in files:

@@ -223,6 +223,14 @@ class Engine:
             raise UserError(
                 f"{self.name}: its sample request gives no probabilities; train or export it again"
             )
+        if self._sample is None:
+            return
+        apart = np.abs(found - np.array(self._sample["probabilities"], np.float32)).max()
+        if not apart <= self._sample["tolerance"]:
+            raise UserError(
+                f"{self.name}: its sample request is answered otherwise than at export, by up to {apart:.2g}; "
+                "export the run again"
+            )
 
     def _probabilities(self, ids: NDArray[np.int32], dense: NDArray[np.float32]) -> NDArray[np.float32]:
         size = self.config.training.eval_batch_size

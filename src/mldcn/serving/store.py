@@ -60,7 +60,7 @@ def unpacked(rows: Tensor, kind: Kind) -> Tensor:
         return rows.view(torch.float32)
     if kind == "bf16":
         return rows.view(torch.bfloat16).float()
-    head = rows[..., :_HEAD].contiguous().view(torch.float32)
+    head = rows[..., :_HEAD].reshape(-1).view(torch.float32).view(*rows.shape[:-1], 2)
     return torch.addcmul(head[..., 1:], rows[..., _HEAD:].float(), head[..., :1])
 
 
