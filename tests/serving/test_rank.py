@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -251,3 +253,24 @@ def test_the_description_holds_together(server):
     found = json.loads(text)
     for name in re.findall(r'"\$ref":\s*"#/components/schemas/([^"]+)"', text):
         assert name in found["components"]["schemas"], name
+
+
+def test_the_sample_is_a_request_that_works(server, engine):
+    found = server.client.get("/v1/sample").json()
+    assert found["model"] == "ads"
+    assert set(found["user"]) | set(found["context"]) == engine.constant
+    answer = ask(server, found).json()
+    wanted = engine.rank(found["user"] | found["context"], found["candidates"]).probabilities[:, 0]
+    np.testing.assert_allclose(answer["scores"], np.sort(wanted)[::-1], atol=1e-6)
+    assert server.client.get("/v1/sample?model=none").status_code == 404
+
+
+def test_the_lines_of_the_description_work(server, tmp_path):
+    """The Python lines of docs/server.md, run against a server."""
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        block = block.replace("127.0.0.1:8000", server.host).replace("127.0.0.1:8001", server.grpc)
+        (tmp_path / "lines.py").write_text(block, encoding="utf-8")
+        assert len(runpy.run_path(str(tmp_path / "lines.py"))["answer"])

@@ -251,3 +251,18 @@ def test_several_models_need_a_name(two):
     with pytest.raises(Refused, match="there are several"):
         repository.pick(None)
     assert repository.pick("b").model == "b"
+
+
+def test_a_bundle_is_served_as_its_run_is(small_run, small_bundle):
+    engine = Engine.load(small_run.path, "cpu")
+    values = rows(engine, 6)
+    wanted = expected(engine, values)
+    with serving(f"ads={small_run.path}", f"ads={small_bundle}") as running:
+        answers = [
+            ask(running.client, values, version=version).json()
+            for version in running.client.get("/v2/models/ads").json()["versions"]
+        ]
+    assert len({each["model_version"] for each in answers}) == 2
+    for each in answers:
+        for place in range(wanted.shape[1]):
+            np.testing.assert_allclose(each["outputs"][place]["data"], wanted[:, place], atol=1e-5)

@@ -154,6 +154,8 @@ def test_deadlines_are_honoured_in_both_transports(served_run, engine, values):
                 client.infer("ads", grpc_tensors(values), timeout=50_000)
             with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
                 client.infer("ads", grpc_tensors(values), client_timeout=0.1)
+        # The first, and the one that asks: gRPC's client gives up a little before the server hears of it.
+        await_metric(running, "mldcn_requests_under_way", 2)
         held.gate.set()
         assert first.result().status_code == 200
         assert ask(running.client, values).status_code == 200

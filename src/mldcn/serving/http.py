@@ -246,6 +246,13 @@ def _add_rank(app: FastAPI, service: Service) -> None:
             made = form(head, served.model, served.label, served.engine.tasks, found)
             return Response(made, media_type=ranking.ARROW_TYPE if arrow else "application/json")
 
+    @app.get("/v1/sample", summary="A ranking request that works", responses=_only(404))
+    async def sample(request: Request, model: str | None = None) -> Response:
+        _called(request, "sample")
+        service.check_ready()
+        version = service.repository.pick(model)
+        return answer({"model": version.model, **ranking.sample_of(version.engine)})
+
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {

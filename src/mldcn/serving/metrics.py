@@ -117,10 +117,6 @@ class ScoreHistogram(Collector):
             self._counts[labels] = self._counts.get(labels, 0) + counts
             self._sums[labels] = self._sums.get(labels, 0.0) + float(values.sum(dtype=np.float64))
 
-    def serve(self, model: str, version: str) -> None:
-        """Begins the series of a version."""
-        self._served.add((model, version))
-
     def forget(self, model: str, version: str) -> None:
         """Drops a version's series."""
         with self._lock:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mldcn.predict import PROBABILITY
-from mldcn.serving.engine import Scores
+from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.options import Limits
 from mldcn.serving.refused import invalid
 from mldcn.serving.wire import check_rows, check_values
@@ -207,6 +207,18 @@ def _check_type(column: pa.Field) -> None:
     )
     if not plain:
         raise invalid(f"candidates.{column.name[:80]}: no feature reads Arrow's {str(column.type)[:80]}")
+
+
+def sample_of(engine: Engine) -> dict[str, Any]:
+    """A request that works, as JSON: an example of what the model takes."""
+    sample = engine.sample()
+    users = {each.name for each in engine.inputs if each.source == "user"}
+    constant: dict[str, Any] = sample["constant"]
+    return {
+        "user": {name: value for name, value in constant.items() if name in users},
+        "context": {name: value for name, value in constant.items() if name not in users},
+        "candidates": sample["candidates"],
+    }
 
 
 def check(request: RankHead, candidates: Mapping[str, Sequence[Any]], limits: Limits) -> int:
