@@ -12,7 +12,7 @@ from mldcn.errors import UserError
 from mldcn.predict import Predictor
 from mldcn.serving.bundle import new_bundle
 from mldcn.serving.engine import Engine
-from mldcn.serving.portable import _is_allowed
+from mldcn.serving.portable import _is_allowed, _is_size
 
 
 @pytest.fixture
@@ -117,7 +117,10 @@ def test_guards_are_refused(copied):
 
 def test_only_operations_on_tensors_are_let_through():
     assert _is_allowed("torch.ops.aten.addmm.default")
+    assert _is_allowed("torch.ops.aten.mT.default")
     assert _is_allowed("_operator.getitem")
+    for name in ("from_file.default", "save.default", "_print.default", "__init__.x", "set_.source_Tensor"):
+        assert not _is_allowed(f"torch.ops.aten.{name}")
     for name in (
         "torch.load",
         "torch.ops.aten.addmm",
@@ -127,6 +130,30 @@ def test_only_operations_on_tensors_are_let_through():
     ):
         assert not _is_allowed(name)
     assert not _is_allowed("torch.ops.aten.add.Tensor.__class__")
+
+
+def test_only_sizes_are_evaluated():
+    batch = "Symbol('s23', positive=True, integer=True)"
+    for size in (
+        "7",
+        "-7",
+        "Integer(-7)",
+        batch,
+        f"Mul(Integer(6), {batch})",
+        f"Add(Integer(-1), Mul(2, {batch}))",
+    ):
+        assert _is_size(size)
+    for other in (
+        "__import__('os')",
+        "Symbol('x.y')",
+        "Pow(9, 9)",
+        "Integer.mro()",
+        "Symbol('s1', f())",
+        "(",
+        "a",
+    ):
+        assert not _is_size(other)
+    assert not _is_size("(" * 10_000)
 
 
 def test_a_bundle_appears_whole_or_not_at_all(tmp_path):

@@ -9,12 +9,12 @@ program.*            the rest of the model; ``model.onnx`` holds the tables too
 sample.json          a request, and the answer that was had at export
 manifest.json        the size and SHA-256 of each of the above
 
-No file is unpickled. A bundle is used only after its sizes and checksums hold, and its sample request gives the
+No file is a pickle. A bundle is used only after its sizes and checksums hold, and its sample request gives the
 answer that stands beside it. Checksums find damage, not malice: whoever can write the folder can write the
 manifest. What a file of a hostile bundle could do:
 
 - ``program.pt2`` (``aoti``) holds native code, which the process runs: load such bundles only from whom you would
-  run a program from.
+  run a program from. PyTorch's reader of such packages would also unpickle what else lies in a hostile one.
 - ``program.json`` (``torch-export``) is a list of operations. Only those of PyTorch's own tensor library that
   exported models use are let through, none of which touches files or the system; see
   :mod:`mldcn.serving.portable`.

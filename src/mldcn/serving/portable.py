@@ -5,11 +5,13 @@ own word. Here the list of operations alone is kept as PyTorch serialises it; th
 
 PyTorch's reader of that list resolves an operation's name attribute by attribute from ``torch``, hands expressions
 of sizes to SymPy, which evaluates them, and compiles guards. So before it reads anything, every name must be one
-of the operations of :func:`_is_allowed`, every expression be a symbol or a number, and guards be absent.
+of the operations of :func:`_is_allowed`, every expression be a sum or product of symbols and whole numbers, and
+guards be absent.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -24,17 +26,18 @@ from torch import Tensor, nn
 from mldcn.errors import UserError
 from mldcn.files import atomic, write_text
 
-_ATEN = re.compile(r"torch\.ops\.aten\.[a-z0-9_]+\.[A-Za-z0-9_]+")
+_ATEN = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.[A-Za-z0-9_]+")
 _ARITHMETIC = frozenset(
     f"_operator.{name}"
     for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "le", "lt", "ge", "gt")
 )
-# Operations of the tensor library that read files.
-_FILES = frozenset({"torch.ops.aten.from_file.default", "torch.ops.aten.from_file.out"})
-# As PyTorch writes the size of a batch and numbers.
-_SIZE = re.compile(
-    r"Symbol\('[su][0-9]+'(, (positive|integer|nonnegative)=True)*\)|Integer\(-?[0-9]+\)|-?[0-9]+"
-)
+# Operations of the tensor library that read or write files, or take memory as it lies.
+_REFUSED = frozenset({"from_file", "save", "set_", "set_data", "as_strided", "as_strided_"})
+# Of its internal operations, whose names begin so, exported models use these.
+_INTERNAL = frozenset({"_assert_scalar", "_assert_tensor_metadata", "_softmax", "_to_copy", "_unsafe_view"})
+# What sizes are made of: the batch's symbol, whole numbers, their sums and products.
+_SIZES = frozenset({"Symbol", "Integer", "Add", "Mul"})
+_SYMBOL = re.compile(r"[su][0-9]+")
 
 
 def save_portable(program: torch.export.ExportedProgram, file: Path) -> None:
@@ -101,7 +104,31 @@ def load_portable(file: Path, device: torch.device) -> nn.Module:
 
 def _is_allowed(name: str) -> bool:
     """Whether an operation is one of PyTorch's tensor library that touches nothing but tensors, or arithmetic."""
-    return name in _ARITHMETIC or bool(_ATEN.fullmatch(name) and name not in _FILES)
+    found = _ATEN.fullmatch(name)
+    if found is None:
+        return name in _ARITHMETIC
+    return found[1] not in _REFUSED and (not found[1].startswith("_") or found[1] in _INTERNAL)
+
+
+def _is_size(text: str) -> bool:
+    """Whether an expression, as SymPy's ``srepr`` writes it, is a size; it is parsed and not evaluated."""
+    try:
+        return _sums_up(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _sums_up(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.USub) and _sums_up(node.operand)
+    if isinstance(node, ast.Constant):
+        return type(node.value) is int or (
+            isinstance(node.value, str) and bool(_SYMBOL.fullmatch(node.value))
+        )
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SIZES):
+        return False
+    assumed = all(isinstance(each.value, ast.Constant) and each.value.value is True for each in node.keywords)
+    return assumed and all(_sums_up(each) for each in node.args)
 
 
 def _vet(raw: Any, file: Path) -> None:
@@ -110,7 +137,7 @@ def _vet(raw: Any, file: Path) -> None:
     for key, value in _entries(raw):
         if key == "target" and not (isinstance(value, str) and _is_allowed(value)):
             raise UserError(f"{file}: asks for the operation {value!r}, which no exported model needs")
-        if key == "expr_str" and not (isinstance(value, str) and _SIZE.fullmatch(value)):
+        if key == "expr_str" and not (isinstance(value, str) and _is_size(value)):
             raise UserError(f"{file}: holds the expression {value!r}, which no exported model needs")
         if key == "metadata" and value not in ({}, None):
             raise UserError(f"{file}: holds notes on its operations, which no export leaves")
