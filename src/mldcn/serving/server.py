@@ -169,6 +169,8 @@ class Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            # uvicorn's 5 s close connections just as callers with pools use them again.
+            timeout_keep_alive=75,
             timeout_graceful_shutdown=int(self.options.drain_seconds),
             **tls,
         )
