@@ -29,6 +29,7 @@ MODELS = {
     "dcnv2": {"name": "dcnv2", "num_layers": 2},
     "tokens": {"name": "autoint"},
     "sides": {"name": "deepfm"},
+    "fp32 in part": {"name": "afn", "num_neurons": 8},
     "per task": {"name": "mmoe"},
 }
 

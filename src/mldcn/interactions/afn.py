@@ -40,12 +40,17 @@ class LogarithmicLayer(nn.Module):
         """``(B, F, e) -> (B, N e)``."""
         # On meta there is no autocast, nor anything to round.
         device = "cpu" if tokens.is_meta else tokens.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._powers(tokens)  # an exported program would keep the empty region
         with torch.autocast(device, enabled=False):
-            if tokens.dtype in (torch.float16, torch.bfloat16):
-                tokens = tokens.float()
-            logs = self.log_norm(tokens.abs().clamp(min=self.min_value).log())
-            powers = torch.matmul(logs.transpose(1, 2), self.weight.T).transpose(1, 2).exp()  # (B, N, e)
-            out: Tensor = self.exp_norm(powers)
+            return self._powers(tokens)
+
+    def _powers(self, tokens: Tensor) -> Tensor:
+        if tokens.dtype in (torch.float16, torch.bfloat16):
+            tokens = tokens.float()
+        logs = self.log_norm(tokens.abs().clamp(min=self.min_value).log())
+        powers = torch.matmul(logs.transpose(1, 2), self.weight.T).transpose(1, 2).exp()  # (B, N, e)
+        out: Tensor = self.exp_norm(powers)
         return out.flatten(1)
 
     def flops(self) -> int:
