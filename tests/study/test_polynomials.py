@@ -7,6 +7,7 @@ import yaml
 
 from mldcn.errors import UserError
 from mldcn.study import polynomials
+from mldcn.study.least_squares import fit_least_squares
 from mldcn.study.polynomial_models import Predictor, Rival
 from mldcn.study.polynomial_targets import TARGETS, Target
 from mldcn.study.polynomials import (
@@ -121,7 +122,7 @@ def test_a_study_reports_runs_once_and_goes_on(tmp_path, monkeypatch):
         ),
         (
             {"tables": {"a": {**SMALL["tables"]["third"], "optimiser": {"adam": {}, "starts": 2}}}},
-            "starts are compared on the rows of lbfgs",
+            "starts are compared on the rows of least_squares or lbfgs",
         ),
     ],
 )
@@ -223,6 +224,26 @@ def test_adam_comes_before_lbfgs(tmp_path):
         errors.append(fit_model(Fit("f2", 1, 0, "dcnv2", model, table, tmp_path / "none"))["rmse"])
     assert errors[0] > 1e-2
     assert errors[1] < 1e-12
+
+
+def test_the_best_of_several_starts_of_least_squares_counts(tmp_path, monkeypatch):
+    """The start that fits its rows best, not the last one."""
+    second = PolynomialRecipe.model_validate_json(json.dumps(SMALL)).tables["second"]
+    steps, asked = iter((1, 40, 1)), []
+
+    def fit(model, x, y, iterations, *, damping):
+        asked.append((len(x), iterations))
+        return fit_least_squares(model, x, y, next(steps), damping=damping)
+
+    monkeypatch.setattr(polynomials, "fit_least_squares", fit)
+    monkeypatch.setattr(polynomials, "EXACT", 0.0)  # else the second start would be the last
+    stage = polynomials.LeastSquares(rows=200, iterations=40)
+    options = polynomials.Optimiser(least_squares=(stage,), starts=3)
+    table = second.model_copy(update={"optimiser": options})
+    model = Rival(title="x", interaction={"name": "dcnv2"})
+    found = fit_model(Fit("f2", 1, 0, "dcnv2", model, table, tmp_path / "none"))["rmse"]
+    assert asked == [(200, 40)] * 3
+    assert found < 1e-6
 
 
 def test_a_study_stopped_midway_reports_what_it_has(tmp_path, monkeypatch):

@@ -66,14 +66,16 @@ class Optimiser(Strict):
     adam: Adam | None = None
     least_squares: tuple[LeastSquares, ...] = Field((), description="one after the other, after Adam")
     lbfgs: Lbfgs | None = None
-    starts: int = Field(1, ge=1, description="fits from other weights; the best on L-BFGS's rows counts")
+    starts: int = Field(
+        1, ge=1, description="fits from other weights; the best on the last training set counts"
+    )
 
     @model_validator(mode="after")
     def _does_something(self) -> Optimiser:
         if not (self.adam or self.least_squares or self.lbfgs):
             raise ValueError("needs adam, least_squares or lbfgs")
-        if self.starts > 1 and not self.lbfgs:
-            raise ValueError("starts are compared on the rows of lbfgs, which is not there")
+        if self.starts > 1 and not (self.least_squares or self.lbfgs):
+            raise ValueError("starts are compared on the rows of least_squares or lbfgs, which are not there")
         return self
 
 
@@ -265,6 +267,7 @@ def fit_model(fit: Fit) -> dict[str, Any]:
     options = fit.table.optimiser
     batches = torch.Generator().manual_seed(3_000_000 + fit.seed)
     rows = target.draw(options.lbfgs.rows, generator, dtype) if options.lbfgs else None
+    stages = [target.draw(stage.rows, generator, dtype) for stage in options.least_squares]
     best: Predictor | None = None
     least = math.inf
     for start in range(options.starts):
@@ -272,12 +275,11 @@ def fit_model(fit: Fit) -> dict[str, Any]:
         if options.adam:
             _fit_adam(model, target, options.adam, batches, dtype)
         damping = 1e-4 if options.adam else 1e-2
-        for stage in options.least_squares:
-            x, y = target.draw(stage.rows, batches, dtype)
-            damping = fit_least_squares(model, x, y, stage.iterations, damping=damping)
+        for stage, drawn in zip(options.least_squares, stages, strict=True):
+            damping = fit_least_squares(model, *drawn, stage.iterations, damping=damping)
         if options.lbfgs and rows:
             _fit_lbfgs(model, rows, options.lbfgs)
-        found = _rmse(model, *(rows or test))
+        found = _rmse(model, *(rows or (stages or [test])[-1]))
         if best is None or found < least:  # never where it is not a number
             best, least = model, found
         if least < EXACT:
