@@ -193,25 +193,14 @@ def _aoti_function(file: Path, facts: dict[str, Any], device: torch.device) -> F
             "on this machine, or to torch-export"
         )
     index = (device.index or 0) if device.type == "cuda" else -1
-    package = torch._inductor.aoti_load_package(str(file), device_index=index)
-
-    def function(ids: Tensor, dense: Tensor, rows: list[Tensor]) -> Tensor:
-        logits: Tensor = package(ids, dense, rows)
-        return logits
-
-    return function
+    package: Function = torch._inductor.aoti_load_package(str(file), device_index=index)
+    return package
 
 
 def _portable_function(file: Path, device: torch.device) -> Function:
     from mldcn.serving.portable import load_portable
 
-    module = load_portable(file, device)
-
-    def function(ids: Tensor, dense: Tensor, rows: list[Tensor]) -> Tensor:
-        logits: Tensor = module(ids, dense, rows)
-        return logits
-
-    return function
+    return load_portable(file, device)
 
 
 def _onnx_program(file: Path) -> Program:

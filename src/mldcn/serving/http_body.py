@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mldcn.serving import wire
 from mldcn.serving.options import Limits
-from mldcn.serving.ranking import load_json
+from mldcn.serving.ranking import load_json, validated
 from mldcn.serving.refused import Reason, Refused, invalid
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -133,12 +133,7 @@ def parse_infer(
         if not header_length.isdecimal() or int(header_length[:20]) > length:
             raise invalid(f"{HEADER_LENGTH}: must be the length of the body's JSON")
         length = int(header_length)
-    try:
-        form = InferForm.model_validate(load_json(memoryview(body)[:length]))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"]) or "body"
-        raise invalid(f"{place}: {first['msg']}") from None
+    form = validated(InferForm, load_json(memoryview(body)[:length]))
     raw = memoryview(body)[length:]
     tensors = []
     for each in form.inputs:

@@ -16,6 +16,7 @@ from mldcn.predict import PROBABILITY
 from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.options import Limits
 from mldcn.serving.refused import invalid
+from mldcn.serving.values import is_plain
 from mldcn.serving.wire import check_rows, check_values
 
 # The metadata key of an Arrow stream that holds the request but for its candidates.
@@ -91,7 +92,7 @@ def parse_json(body: bytes) -> tuple[RankHead, dict[str, Sequence[Any]]]:
     Raises:
         Refused: the body is none.
     """
-    request = _validated(RankRequest, load_json(body))
+    request = validated(RankRequest, load_json(body))
     candidates = request.candidates
     if isinstance(candidates, list):
         names = dict.fromkeys(name for candidate in candidates for name in candidate)
@@ -112,7 +113,12 @@ def load_json(body: bytes | memoryview) -> Any:
         raise invalid(f"the body is no JSON: {words}") from None
 
 
-def _validated(form: type[Form], raw: Any) -> Form:
+def validated(form: type[Form], raw: Any) -> Form:
+    """A form filled in.
+
+    Raises:
+        Refused: it is filled in wrongly; names the first wrong place.
+    """
     try:
         return form.model_validate(raw)
     except ValidationError as error:
@@ -142,7 +148,7 @@ def parse_arrow(body: bytes) -> tuple[RankHead, dict[str, Sequence[Any]]]:
     if len(set(names)) != len(names):
         raise invalid("candidates: a column is there twice")
     metadata = (schema.metadata or {}).get(ARROW_KEY, b"{}")
-    return _validated(RankHead, load_json(metadata)), {name: table[name].combine_chunks() for name in names}
+    return validated(RankHead, load_json(metadata)), {name: table[name].combine_chunks() for name in names}
 
 
 def _compressed(body: bytes) -> bool:
@@ -197,15 +203,7 @@ def _check_type(column: pa.Field) -> None:
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if lists or pa.types.is_dictionary(kind):
         kind = kind.value_type
-    plain = (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_null(kind)
-    )
-    if not plain:
+    if not is_plain(kind):
         raise invalid(f"candidates.{column.name[:80]}: no feature reads Arrow's {str(column.type)[:80]}")
 
 

@@ -190,15 +190,19 @@ def _inferred(values: list[Any]) -> pa.Array | None:
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         return None
     kind = array.type.value_type if pa.types.is_list(array.type) else array.type
-    known = (
+    return array if is_plain(kind) or pa.types.is_list(kind) else None
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether single values of an Arrow type are such as a feature reads."""
+    return bool(
         pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
         or pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
         or pa.types.is_boolean(kind)
         or pa.types.is_null(kind)
-        or pa.types.is_list(kind)
     )
-    return array if known else None
 
 
 def _text(each: Input, row: int, value: Any) -> str | None:
