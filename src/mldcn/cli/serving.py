@@ -1,0 +1,163 @@
+"""Commands that put a run to work: ``export`` and ``serve``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mldcn.cli.arguments import RunPath
+from mldcn.errors import UserError
+
+
+class ExportTarget(StrEnum):
+    """What an exported program is made for."""
+
+    aoti = "aoti"
+    onnx = "onnx"
+    torch_export = "torch-export"
+
+
+class ExportDType(StrEnum):
+    """Numbers that an exported program works with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ExportTables(StrEnum):
+    """How the numbers of exported tables are written."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
+class ServeControl(StrEnum):
+    """When a server looks at its models' folders again."""
+
+    none = "none"
+    poll = "poll"
+    explicit = "explicit"
+
+
+def export(
+    run: RunPath,
+    to: Annotated[
+        ExportTarget,
+        typer.Option(help="compiled for this machine, for ONNX Runtime, or for any PyTorch of this version"),
+    ] = ExportTarget.torch_export,
+    out: Annotated[Path | None, typer.Option(help="the bundle's folder; RUN-<to> by default")] = None,
+    dtype: Annotated[ExportDType, typer.Option(help="of the dense weights and the work")] = ExportDType.fp32,
+    embeddings: Annotated[ExportTables, typer.Option(help="of the embedding tables")] = ExportTables.fp32,
+    device: Annotated[str, typer.Option(help="that aoti compiles for")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="replace the bundle if it is there")] = False,
+) -> None:
+    """Writes a run as a bundle for serving: preprocessing, tables and a program that needs no training code.
+
+    Example: mldcn export runs/mldcn --to onnx --out bundles/mldcn
+    """
+    from mldcn.console import out as screen
+    from mldcn.predict import Predictor
+    from mldcn.serving.export import export_run
+
+    target = out or run.resolve().with_name(f"{run.resolve().name}-{to.value}")
+    made = export_run(
+        Predictor.load(run, "cpu"),
+        to.value,
+        target,
+        dtype=dtype.value,
+        embeddings=embeddings.value,
+        device=device,
+        overwrite=force,
+    )
+    screen.print(
+        f"wrote {target}: {sum(made.sizes.values()):,} bytes in {len(made.sizes)} files\n"
+        f"its probabilities differ from the run's by at most {made.difference:.2g} on {made.rows:,} made-up rows\n"
+        f"next:\n  mldcn serve {target}",
+        markup=False,
+    )
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]FOLDER...",
+            help="runs, bundles, or folders of such by model, or by model and version; later ones are newer",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="for HTTP; 0 takes a free one")] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=-1, max=65535, help="0 takes a free one, -1 is no gRPC")
+    ] = 8001,
+    device: Annotated[str, typer.Option(help="where to compute")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="of a batch's computation; PyTorch's choice")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="batches that are scored at the same time")] = 1,
+    batch_rows: Annotated[int, typer.Option(min=1, help="a batch takes no more requests from here on")] = 512,
+    batch_delay_ms: Annotated[float, typer.Option(min=0, help="a request waits so long for others")] = 1.0,
+    queue_rows: Annotated[int, typer.Option(min=1, help="more may not wait: 503 at once")] = 8192,
+    timeout_ms: Annotated[float, typer.Option(min=1, help="the longest that a request may take")] = 10_000.0,
+    max_rows: Annotated[int, typer.Option(min=1, help="rows or candidates of a request")] = 10_000,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="of a request, unpacked")] = 16,
+    control: Annotated[
+        ServeControl, typer.Option(help="when folders are looked at again; SIGHUP does it always")
+    ] = ServeControl.none,
+    poll_seconds: Annotated[float, typer.Option(min=0.1, help="with --control poll")] = 5.0,
+    canary: Annotated[
+        float | None, typer.Option(min=0, max=1, help="share of users for the newest version, of two")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="file with the token that callers must send")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="PEM file of the certificate chain, for TLS")
+    ] = None,
+    private_key: Annotated[Path | None, typer.Option(help="PEM file of its key")] = None,
+    shutdown_delay: Annotated[float, typer.Option(min=0, help="seconds from 'not ready' to the end")] = 0.0,
+    access_log: Annotated[bool, typer.Option(help="a JSON line for each request")] = True,
+) -> None:
+    """Serves models: Open Inference Protocol v2 by HTTP and gRPC, and POST /v1/rank.
+
+    Example: mldcn serve runs/mldcn
+    """
+    try:
+        from mldcn.serving.calls import write_logs
+        from mldcn.serving.server import Server
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
+    from mldcn.console import err
+    from mldcn.serving.options import Batching, Limits, Options, read_token
+    from mldcn.serving.repository import parse_path
+
+    write_logs(requests=access_log)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    options = Options(
+        host=host,
+        http_port=port,
+        grpc_port=None if grpc_port < 0 else grpc_port,
+        device=device,
+        limits=Limits(body_bytes=max_body_mb << 20, rows=max_rows, seconds=timeout_ms / 1000),
+        batching=Batching(batch_rows, batch_delay_ms / 1000, queue_rows, workers),
+        control=control.value,
+        poll_seconds=poll_seconds,
+        canary=canary,
+        token=None if token_file is None else read_token(token_file),
+        certificate=certificate,
+        private_key=private_key,
+        shutdown_delay=shutdown_delay,
+    )
+    server = Server([parse_path(model) for model in models], options)
+    server.run(
+        lambda at: err.print(f"listening at {at.http}, gRPC at {at.grpc or 'no port'}", markup=False),
+        lambda at: err.print(f"ready: {', '.join(server.repository.models)}; {at.http}/docs", markup=False),
+    )
