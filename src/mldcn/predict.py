@@ -17,6 +17,7 @@ from mldcn.data.parsing import salvage
 from mldcn.data.pipeline import ahead
 from mldcn.data.reading import RawBlock, open_log, table_blocks
 from mldcn.data.rejects import Reject, RejectsFile
+from mldcn.data.shards import EncodedRows, ShardWriter
 from mldcn.errors import UserError
 from mldcn.files import atomic
 from mldcn.metrics import Isotonic, Platt, calibrator_from_json
@@ -117,6 +118,39 @@ def unsampled(scores: NDArray[np.float32], rates: Sequence[float]) -> NDArray[np
         return scores
     kept = np.asarray(rates, dtype=np.float32)
     return (scores / (scores + (1.0 - scores) / kept)).astype(np.float32, copy=False)
+
+
+def encode_log(
+    predictor: Predictor,
+    files: Sequence[str | Path],
+    folder: Path,
+    encoding: Callable[[str, int, int, int], None] | None,
+    rejects: RejectsFile,
+) -> EncodedRows:
+    """Another log's rows with their labels, encoded as a run's are, in a folder.
+
+    Args:
+        predictor: of the run.
+        files: the log.
+        folder: to be made.
+        encoding: told of the progress.
+        rejects: given the bad rows, where the run's config says ``data.on_error: skip``.
+
+    Raises:
+        UserError: the log cannot be read, or all its rows are bad.
+    """
+    config = predictor.config
+    done = 0
+    with ShardWriter(folder, predictor.encoder.layout) as writer:
+        for raw in open_log(files, config.data, config.log_schema.columns()):
+            encoded, good = salvage(raw, predictor.encoder.encode)
+            rejects.add(good.rejects)
+            writer.write(encoded)
+            done += len(encoded)
+            if encoding is not None:
+                encoding("encode", done, 0, 0)
+    rejects.refuse_all(done)
+    return EncodedRows(folder)
 
 
 @dataclass(frozen=True)

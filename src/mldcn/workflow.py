@@ -14,12 +14,10 @@ from mldcn.comparison import Comparison, compare_predictions, prediction_chunks,
 from mldcn.config import Config, dump_config, load_config, parse
 from mldcn.data.batch import EncodedLayout
 from mldcn.data.encoder import Encoder
-from mldcn.data.parsing import salvage
 from mldcn.data.pipeline import give_memory_back
 from mldcn.data.prepare import REJECTS, EncodedData, prepare
-from mldcn.data.reading import open_log
 from mldcn.data.rejects import RejectsFile
-from mldcn.data.shards import EncodedRows, ShardWriter
+from mldcn.data.shards import EncodedRows
 from mldcn.embedding.embedder import table_widths
 from mldcn.errors import UserError
 from mldcn.explain import Explanation, explanation_page
@@ -27,7 +25,7 @@ from mldcn.explain import explain as explain_rows
 from mldcn.files import locked, scratch, write_text
 from mldcn.metrics import Difference, auc_intervals
 from mldcn.model import pick_device
-from mldcn.predict import Predictor
+from mldcn.predict import Predictor, encode_log
 from mldcn.report import Bins, FeatureSummary, RunSummary, run_page
 from mldcn.report import Difference as ShownDifference
 from mldcn.run import RunFolder
@@ -257,7 +255,7 @@ def _evaluate(
     run: RunFolder, files: Sequence[str], folder: Path, encoding: Encoding | None, rejects: RejectsFile
 ) -> Evaluation:
     predictor = Predictor(run)
-    rows = _encode_log(predictor, files, folder / "encoded", encoding, rejects)
+    rows = encode_log(predictor, files, folder / "encoded", encoding, rejects)
     # Some 80 MB that reading the log has used and scoring does not.
     give_memory_back()
     return evaluate(
@@ -268,28 +266,6 @@ def _evaluate(
         predictions=folder / "predictions.arrow",
         calibrators=predictor.calibrators,
     )
-
-
-def _encode_log(
-    predictor: Predictor,
-    files: Sequence[str],
-    folder: Path,
-    encoding: Encoding | None,
-    rejects: RejectsFile,
-) -> EncodedRows:
-    """Another log's rows, encoded as a run's are."""
-    config = predictor.config
-    done = 0
-    with ShardWriter(folder, predictor.encoder.layout) as writer:
-        for raw in open_log(files, config.data, config.log_schema.columns()):
-            encoded, good = salvage(raw, predictor.encoder.encode)
-            rejects.add(good.rejects)
-            writer.write(encoded)
-            done += len(encoded)
-            if encoding is not None:
-                encoding("encode", done, 0, 0)
-    rejects.refuse_all(done)
-    return EncodedRows(folder)
 
 
 def compare(
@@ -351,7 +327,7 @@ def explain(
     with scratch("explain") as home:
         if files:
             bad = rejects or RejectsFile(None)
-            rows, where = _encode_log(predictor, files, home / "encoded", encoding, bad), "another log"
+            rows, where = encode_log(predictor, files, home / "encoded", encoding, bad), "another log"
         else:
             rows, where = _test_rows(predictor), "the run's test rows"
         found = explain_rows(predictor, rows, where, row=row, progress=encoding)

@@ -53,6 +53,13 @@ def export(
     dtype: Annotated[ExportDType, typer.Option(help="of the dense weights and the work")] = ExportDType.fp32,
     embeddings: Annotated[ExportTables, typer.Option(help="of the embedding tables")] = ExportTables.fp32,
     device: Annotated[str, typer.Option(help="that aoti compiles for")] = "cpu",
+    validation: Annotated[
+        list[Path],
+        typer.Option(help="file of a log with labels: shows what the export costs in AUC"),
+    ] = [],  # noqa: B006
+    max_auc_loss: Annotated[
+        float | None, typer.Option(help="refuse an export that may cost more, with --validation")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the bundle if it is there")] = False,
 ) -> None:
     """Writes a run as a bundle for serving: preprocessing, tables and a program that needs no training code.
@@ -62,6 +69,7 @@ def export(
     from mldcn.console import out as screen
     from mldcn.predict import Predictor
     from mldcn.serving.export import export_run
+    from mldcn.serving.validation import described
 
     target = out or run.resolve().with_name(f"{run.resolve().name}-{to.value}")
     made = export_run(
@@ -72,11 +80,14 @@ def export(
         embeddings=embeddings.value,
         device=device,
         overwrite=force,
+        validation_log=validation,
+        max_auc_loss=max_auc_loss,
     )
     screen.print(
         f"wrote {target}: {sum(made.sizes.values()):,} bytes in {len(made.sizes)} files\n"
         f"its probabilities differ from the run's by at most {made.difference:.2g} on {made.rows:,} made-up rows\n"
-        f"next:\n  mldcn serve {target}",
+        + "".join(f"{line}\n" for line in described(made.auc))
+        + f"next:\n  mldcn serve {target}",
         markup=False,
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from mldcn.config import dump_config
 from mldcn.data.batch import EncodedLayout
 from mldcn.errors import UserError
 from mldcn.files import write_text
+from mldcn.metrics import non_inferior
 from mldcn.model import pick_device
 from mldcn.predict import Predictor
 from mldcn.serving.bundle import (
@@ -34,6 +37,7 @@ from mldcn.serving.engine import Engine, Program
 from mldcn.serving.portable import save_portable
 from mldcn.serving.program import Body, LookUp, Tables, look_ups
 from mldcn.serving.store import KINDS, Kind, write_table
+from mldcn.serving.validation import AucChange, described, validation
 from mldcn.serving.whole import Whole
 
 DType = Literal["fp32", "bf16"]
@@ -54,12 +58,14 @@ class Exported:
         sizes: bytes by file.
         difference: the largest between its probabilities and the run's, before calibration, on made-up rows.
         rows: how many these were.
+        auc: how its AUC differs from the run's, by task, where a validation log was given.
     """
 
     path: Path
     sizes: dict[str, int]
     difference: float
     rows: int
+    auc: AucChange = field(default_factory=dict)
 
 
 def export_run(
@@ -71,6 +77,8 @@ def export_run(
     embeddings: Kind = "fp32",
     device: str = "cpu",
     overwrite: bool = False,
+    validation_log: Sequence[Path] = (),
+    max_auc_loss: float | None = None,
 ) -> Exported:
     """Writes the bundle of a run. Its model is used up.
 
@@ -83,10 +91,15 @@ def export_run(
         embeddings: of the tables.
         device: that ``aoti`` compiles for.
         overwrite: replace a bundle that is there.
+        validation_log: files with labels, on which the program's AUC is compared with the run's.
+        max_auc_loss: refuse a program whose AUC may be lower by more, of any task: one whose difference has a
+            95 % interval that goes beyond.
 
     Raises:
-        UserError: the model cannot be exported so, or its program computes something else.
+        UserError: the model cannot be exported so, or its program computes something else, or too little.
     """
+    if max_auc_loss is not None and not (validation_log and max_auc_loss > 0):
+        raise UserError("--max-auc-loss: a number above 0, with a log to measure it on as --validation")
     if to == "onnx" and dtype == "bf16":
         raise UserError("--dtype bf16: ONNX Runtime has no bf16 matrix products on a CPU; export to aoti")
     if embeddings not in KINDS:
@@ -100,7 +113,10 @@ def export_run(
     request = engine.sample()
     compared = made_up(predictor.encoder.layout, _COMPARED_ROWS)
     expected = engine.program(*compared)
-    with new_bundle(out, overwrite=overwrite) as folder:
+    with contextlib.ExitStack() as stack:
+        judge = stack.enter_context(validation(predictor, validation_log)) if validation_log else None
+        # From here on the model is changed.
+        folder = stack.enter_context(new_bundle(out, overwrite=overwrite))
         plan = look_ups(predictor.model, embeddings)
         facts: dict[str, Any] = {
             "name": engine.name,
@@ -129,7 +145,14 @@ def export_run(
                 f"the exported program's probabilities differ from the run's by up to {difference:.2g}; please "
                 "report the model's config, and serve the run's own folder"
             )
-        write_json(folder / BUNDLE, {**facts, "difference": difference, "rows_compared": _COMPARED_ROWS})
+        change = {} if judge is None else judge.auc_change(program)
+        _accept(change, max_auc_loss)
+        measured = {
+            "difference": difference,
+            "rows_compared": _COMPARED_ROWS,
+            "auc": {task: {"run": each.a, "bundle": each.b} for task, each in change.items()},
+        }
+        write_json(folder / BUNDLE, {**facts, **measured})
         exported = Engine(engine.name, "", engine.config, engine.encoder, predictor.calibrators, program)
         answer = exported.rank(request["constant"], request["candidates"]).probabilities
         sample = {"request": request, "probabilities": answer.tolist(), "tolerance": _TOLERANCE[dtype]}
@@ -137,7 +160,17 @@ def export_run(
     sizes = {
         str(file.relative_to(out)): file.stat().st_size for file in sorted(out.rglob("*")) if file.is_file()
     }
-    return Exported(out, sizes, difference, _COMPARED_ROWS)
+    return Exported(out, sizes, difference, _COMPARED_ROWS, change)
+
+
+def _accept(change: AucChange, most: float | None) -> None:
+    for task, difference in change.items():
+        if most is not None and not non_inferior(difference, most):
+            (line,) = described({task: difference})
+            raise UserError(
+                f"{line}; a loss of more than --max-auc-loss {most:g} is not excluded: keep more of the model's "
+                "numbers, or validate on more rows"
+            )
 
 
 def made_up(layout: EncodedLayout, rows: int, seed: int = 0) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
