@@ -246,6 +246,26 @@ def test_the_best_of_several_starts_of_least_squares_counts(tmp_path, monkeypatc
     assert found < 1e-6
 
 
+def test_the_best_start_alone_goes_on_to_the_last_stage(tmp_path, monkeypatch):
+    second = PolynomialRecipe.model_validate_json(json.dumps(SMALL)).tables["second"]
+    steps, fitted = iter((1, 40, 1, 0)), []
+
+    def fit(model, x, y, iterations, *, damping):
+        fitted.append((model, len(x), damping))
+        return fit_least_squares(model, x, y, next(steps), damping=damping) + len(fitted)
+
+    monkeypatch.setattr(polynomials, "fit_least_squares", fit)
+    monkeypatch.setattr(polynomials, "EXACT", 0.0)
+    stages = tuple(polynomials.LeastSquares(rows=rows, iterations=40) for rows in (200, 500))
+    table = second.model_copy(update={"optimiser": polynomials.Optimiser(least_squares=stages, starts=3)})
+    model = Rival(title="x", interaction={"name": "dcnv2"})
+    fit_model(Fit("f2", 1, 0, "dcnv2", model, table, tmp_path / "none"))
+    assert [rows for _, rows, _ in fitted] == [200, 200, 200, 500]
+    last, _, damping = fitted[-1]
+    assert last is fitted[1][0]
+    assert 2 <= damping < 3  # that of its own first stage
+
+
 def test_a_study_stopped_midway_reports_what_it_has(tmp_path, monkeypatch):
     def some(todo, run, jobs, say):
         here(todo[:3], run, jobs, say)

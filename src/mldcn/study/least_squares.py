@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 CHUNK = 500  # rows whose gradients are held at a time
+BLOCKS = 8  # of a symmetric product's rows; what lies left of a block's diagonal is not computed
 LEAST_DAMPING = 1e-8
 FLAT = 1e-5  # three steps in a row that lower the loss by less than this share of it end the fit
 
@@ -65,9 +66,10 @@ class _Problem:
         gram, right = self._normal_equations(weights)
         scale = gram.diagonal().mean()
         for _ in range(12):
-            factor, failed = torch.linalg.cholesky_ex(gram + damping * scale * torch.eye(len(gram)).to(gram))
+            damped = gram + damping * scale * torch.eye(len(gram)).to(gram)
+            factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed:
-                there = weights + torch.cholesky_solve(right[:, None], factor)[:, 0]
+                there = weights + torch.cholesky_solve(right[:, None], factor, upper=True)[:, 0]
                 now = self.loss(there)
                 if now < loss:
                     return there, now, max(damping / 3, LEAST_DAMPING)
@@ -75,13 +77,19 @@ class _Problem:
         return None
 
     def _normal_equations(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """``J^T J`` and ``J^T r`` over the rows; the products in float32, which leaves the minimum where it is."""
+        """The upper triangle of ``J^T J``, and ``J^T r``, over the rows.
+
+        The products are in float32, which leaves the minimum where it is.
+        """
         low = weights.float()
+        spans = torch.arange(len(weights)).chunk(BLOCKS)
         gram = torch.zeros(len(weights), len(weights), dtype=torch.float32)
         right = torch.zeros_like(weights)
         for x, y in zip(torch.split(self.x, CHUNK), torch.split(self.y, CHUNK), strict=True):
             jacobian = self.gradients(low, x.float())  # (rows, parameters)
-            gram.addmm_(jacobian.T, jacobian)
+            for span in spans:
+                first, end = int(span[0]), int(span[-1]) + 1
+                gram[first:end, first:].addmm_(jacobian[:, first:end].T, jacobian[:, first:])
             with torch.no_grad():
                 residual = y - self._predict(weights, x)
             right += jacobian.T @ residual.float()

@@ -58,8 +58,12 @@ def _how(fits: Fits) -> str:
         )
     heads = " and ".join(f"{size:g}" for size in fits.head)
     starts = (
-        f"the best on those rows of at most {options.starts} starts" if options.starts > 1 else "one start"
+        f"the best on the last of these rows of at most {options.starts} starts"
+        if options.starts > 1
+        else "one start"
     )
+    if options.starts > 1 and len(options.least_squares) > 1:
+        starts += ", which alone went on to the last of these steps"
     return f"Every model: {', then '.join(steps)}; {fits.dtype}, {starts}, from heads of size {heads}."
 
 

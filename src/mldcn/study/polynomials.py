@@ -67,7 +67,10 @@ class Optimiser(Strict):
     least_squares: tuple[LeastSquares, ...] = Field((), description="one after the other, after Adam")
     lbfgs: Lbfgs | None = None
     starts: int = Field(
-        1, ge=1, description="fits from other weights; the best on the last training set counts"
+        1,
+        ge=1,
+        description="fits from other weights; the best on the last training set counts, and it alone goes on to "
+        "the last of several stages of least squares",
     )
 
     @model_validator(mode="after")
@@ -267,25 +270,29 @@ def fit_model(fit: Fit) -> dict[str, Any]:
     options = fit.table.optimiser
     batches = torch.Generator().manual_seed(3_000_000 + fit.seed)
     rows = target.draw(options.lbfgs.rows, generator, dtype) if options.lbfgs else None
-    stages = [target.draw(stage.rows, generator, dtype) for stage in options.least_squares]
-    best: Predictor | None = None
+    stages = [(stage, target.draw(stage.rows, generator, dtype)) for stage in options.least_squares]
+    for_all = stages[:-1] or stages
+    best: tuple[Predictor, float] | None = None  # and the damping it ended with
     least = math.inf
     for start in range(options.starts):
         model = fresh(start)
         if options.adam:
             _fit_adam(model, target, options.adam, batches, dtype)
         damping = 1e-4 if options.adam else 1e-2
-        for stage, drawn in zip(options.least_squares, stages, strict=True):
+        for stage, drawn in for_all:
             damping = fit_least_squares(model, *drawn, stage.iterations, damping=damping)
         if options.lbfgs and rows:
             _fit_lbfgs(model, rows, options.lbfgs)
-        found = _rmse(model, *(rows or (stages or [test])[-1]))
+        found = _rmse(model, *(rows or (stages[-1][1] if stages else test)))
         if best is None or found < least:  # never where it is not a number
-            best, least = model, found
+            best, least = (model, damping), found
         if least < EXACT:
             break
     assert best is not None
-    return {"parameters": best.size, "rmse": _rmse(best, *test)}
+    model, damping = best
+    for stage, drawn in stages[len(for_all) :]:
+        fit_least_squares(model, *drawn, stage.iterations, damping=damping)
+    return {"parameters": model.size, "rmse": _rmse(model, *test)}
 
 
 def _fit_lbfgs(model: Predictor, rows: tuple[Tensor, Tensor], options: Lbfgs) -> None:
