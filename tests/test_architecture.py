@@ -27,6 +27,7 @@ ROOMS = [
     "training",
     "explain",
     "serving",
+    "loadtest",
     "study",
     "workflow",
     "repeats",

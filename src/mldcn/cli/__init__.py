@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mldcn import __version__
-from mldcn.cli import logs, runs, serving, studies
+from mldcn.cli import loadtest, logs, runs, serving, studies
 from mldcn.errors import UserError
 
 app = typer.Typer(
@@ -81,6 +81,7 @@ for command in (
     runs.predict,
     serving.export,
     serving.serve,
+    loadtest.loadtest,
     studies.compare,
     studies.explain,
     studies.models,
