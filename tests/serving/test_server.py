@@ -24,8 +24,8 @@ from tritonclient.utils import InferenceServerException
 
 from mldcn.errors import UserError
 from mldcn.serving import repository
-from mldcn.serving.options import Batching, Limits, Options, read_token
-from mldcn.serving.server import Server, is_loopback
+from mldcn.serving.options import Batching, Limits, Options, is_loopback, read_token
+from mldcn.serving.server import Server
 
 
 class Held:

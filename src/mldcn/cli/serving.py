@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mldcn.cli.arguments import RunPath
 from mldcn.errors import UserError
+
+if TYPE_CHECKING:
+    from mldcn.serving.options import Options
+    from mldcn.serving.server import Server
+    from mldcn.serving.supervisor import Supervisor
 
 
 class ExportTarget(StrEnum):
@@ -33,6 +38,7 @@ class ExportTables(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     int8 = "int8"
+    int4 = "int4"
 
 
 class ServeControl(StrEnum):
@@ -107,8 +113,11 @@ def serve(
         int, typer.Option(min=-1, max=65535, help="0 takes a free one, -1 is no gRPC")
     ] = 8001,
     device: Annotated[str, typer.Option(help="where to compute")] = "auto",
+    processes: Annotated[
+        int, typer.Option(min=1, help="that answer at the same ports, each with its own queue")
+    ] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="of a batch's computation; PyTorch's choice")
+        int | None, typer.Option(min=1, help="of a batch's computation; the cores, shared by the processes")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="batches that are scored at the same time")] = 1,
     batch_rows: Annotated[int, typer.Option(min=1, help="a batch takes no more requests from here on")] = 512,
@@ -140,18 +149,11 @@ def serve(
     """
     try:
         from mldcn.serving.calls import write_logs
-        from mldcn.serving.server import Server
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
-    from mldcn.console import err
     from mldcn.serving.options import Batching, Limits, Options, read_token
-    from mldcn.serving.repository import parse_path
 
     write_logs(requests=access_log)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
     options = Options(
         host=host,
         http_port=port,
@@ -166,9 +168,30 @@ def serve(
         certificate=certificate,
         private_key=private_key,
         shutdown_delay=shutdown_delay,
+        processes=processes,
+        threads=threads,
+        access_log=access_log,
     )
-    server = Server([parse_path(model) for model in models], options)
+    server = _server(models, options)
+    # The console's package would bring PyTorch into a process that only leads others.
     server.run(
-        lambda at: err.print(f"listening at {at.http}, gRPC at {at.grpc or 'no port'}", markup=False),
-        lambda at: err.print(f"ready: {', '.join(server.repository.models)}; {at.http}/docs", markup=False),
+        lambda at: typer.echo(f"listening at {at.http}, gRPC at {at.grpc or 'no port'}", err=True),
+        lambda at: typer.echo(f"ready: {', '.join(server.models)}; {at.http}/docs", err=True),
     )
+
+
+def _server(models: list[str], options: Options) -> Server | Supervisor:
+    try:
+        if options.processes > 1:
+            from mldcn.serving.supervisor import Supervisor
+
+            return Supervisor(models, options)
+        from mldcn.serving.repository import parse_path
+        from mldcn.serving.server import Server
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    return Server([parse_path(model) for model in models], options)

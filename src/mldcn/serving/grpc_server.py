@@ -40,15 +40,21 @@ Context = Any
 Method = Callable[[Any, Call, Mapping[str, str]], Awaitable[Any]]
 
 
-def build(service: Service) -> grpc.aio.Server:
-    """A server that knows the protocol and listens nowhere yet."""
+def build(service: Service, *, shared_port: bool = False) -> grpc.aio.Server:
+    """A server that knows the protocol and listens nowhere yet.
+
+    Args:
+        service: what answers.
+        shared_port: whether others may listen at its port.
+    """
     limits = service.options.limits
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", limits.body_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", 16 << 10),
-            ("grpc.so_reuseport", 0),  # or a second server would take half of the requests
+            # Otherwise a second server would take half of the requests.
+            ("grpc.so_reuseport", int(shared_port)),
         ],
         maximum_concurrent_rpcs=limits.requests,
     )

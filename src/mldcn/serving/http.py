@@ -81,7 +81,9 @@ def build(service: Service) -> Callable[[Scope, Receive, Send], Awaitable[None]]
 
     @app.get("/metrics", summary="Prometheus' metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            await service.fleet.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)

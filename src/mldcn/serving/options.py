@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
+import os
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from mldcn.errors import UserError
+
+log = logging.getLogger("mldcn.serving")
 
 Control = Literal["none", "poll", "explicit"]
 
@@ -67,6 +73,10 @@ class Options:
         private_key: PEM file of its key.
         shutdown_delay: seconds between not being ready any more and the last connection taken in.
         drain_seconds: the longest wait for requests under way when the server stops.
+        processes: that answer; each has its own queue and its own threads.
+        threads: of a batch's computation; None is PyTorch's choice, or with several processes the cores' even
+            share.
+        access_log: whether each request has its line in the log.
     """
 
     host: str = "127.0.0.1"
@@ -83,6 +93,16 @@ class Options:
     private_key: Path | None = None
     shutdown_delay: float = 0.0
     drain_seconds: float = 30.0
+    processes: int = 1
+    threads: int | None = None
+    access_log: bool = True
+
+    @property
+    def threads_each(self) -> int | None:
+        """The threads of one process; None leaves them to PyTorch."""
+        if self.threads is not None or self.processes == 1:
+            return self.threads
+        return max(1, len(os.sched_getaffinity(0)) // self.processes)
 
 
 def read_token(file: Path) -> str:
@@ -98,3 +118,35 @@ def read_token(file: Path) -> str:
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise UserError(f"{file}: a token has 16 or more plain characters; 'openssl rand -hex 32' makes one")
     return token
+
+
+def check_options(options: Options) -> None:
+    """Refuses options that do not go together.
+
+    Raises:
+        UserError: names the option and the remedy.
+    """
+    if (options.certificate is None) != (options.private_key is None):
+        raise UserError("--certificate and --private-key go together; give both")
+    for file in (options.certificate, options.private_key):
+        if file is not None and not file.is_file():
+            raise UserError(f"{file}: is no file")
+    if options.certificate is not None and options.private_key is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.certificate, options.private_key)
+        except (ssl.SSLError, OSError):
+            raise UserError(
+                f"{options.certificate}: is no PEM certificate chain that goes with {options.private_key}"
+            ) from None
+    if options.canary is not None and not 0 <= options.canary <= 1:
+        raise UserError("--canary: a share of the users, from 0 to 1")
+    if options.token is None and not is_loopback(options.host):
+        log.warning("%s can be reached from other machines, and no --token-file keeps them out", options.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,26 @@ def _folders(path: Path) -> list[Path]:
     return sorted((each for each in path.iterdir() if each.is_dir() and each.name[0] != "."), key=order)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Versions that are loaded and warm, for :meth:`Repository.switch`.
+
+    Attributes:
+        loaded: versions by folder, with the folder's state.
+        models: the versions of each model, older ones first.
+        hidden: models that are left out.
+    """
+
+    loaded: dict[Place, tuple[tuple[object, ...], Version]]
+    models: dict[str, list[Version]]
+    hidden: frozenset[str]
+
+    @property
+    def contents(self) -> list[str]:
+        """What is served, a line a version; the same lines in two processes are the same versions."""
+        return [f"{each.model} {each.label} {state}" for state, each in self.loaded.values()]
+
+
 class Repository:
     """The versions that are served.
 
@@ -116,8 +136,9 @@ class Repository:
         self._canary = canary
         self._changed = changed
         self._loaded: dict[Place, tuple[tuple[object, ...], Version]] = {}
+        self._prepared: dict[Place, tuple[tuple[object, ...], Version]] = {}  # not served yet
         self._failed: dict[Place, tuple[object, ...]] = {}
-        self._hidden: set[str] = set()
+        self._hidden: frozenset[str] = frozenset()
         self._models: dict[str, list[Version]] = {}
         self._lock = asyncio.Lock()
         self.ready = False
@@ -133,9 +154,7 @@ class Repository:
         Raises:
             UserError: a folder cannot be loaded, or two versions have one name.
         """
-        await self._refresh(strict=True)
-        if not self._models:
-            raise UserError("no model to serve; name a run's folder, a bundle's, or a folder of such")
+        await self._refresh(self._hidden, strict=True)
         self.ready = True
 
     async def refresh(self) -> None:
@@ -144,7 +163,7 @@ class Repository:
         A version that cannot be loaded leaves the one before it in its place; it is tried again when its folder
         changes.
         """
-        await self._refresh(strict=False)
+        await self._refresh(self._hidden)
 
     async def show(self, model: str) -> None:
         """Looks at the folders again, and serves a model that was hidden.
@@ -152,9 +171,11 @@ class Repository:
         Raises:
             Refused: there is no such model, or its newest content cannot be loaded.
         """
-        self._hidden.discard(model)
-        self._failed.clear()
-        await self._refresh(strict=False)
+        await self._refresh(self._hidden - {model}, again=True)
+        self.check_shown(model)
+
+    def check_shown(self, model: str) -> None:
+        """Refuses where a model is not served, or not with its newest content."""
         if model not in self._models:
             raise Refused(Reason.NOT_FOUND, f"no model {model!r} can be loaded")
         if any(self._name(place) == model for place in self._failed):
@@ -163,8 +184,7 @@ class Repository:
     async def hide(self, model: str) -> None:
         """Serves a model no more."""
         self.pick(model)
-        self._hidden.add(model)
-        await self._refresh(strict=False)
+        await self._refresh(self._hidden | {model})
 
     def pick(self, model: str | None, label: str = "", routing_key: str | None = None) -> Version:
         """The version that answers a request.
@@ -195,38 +215,67 @@ class Repository:
         chosen = routing_key is not None and share_of(model, routing_key) < self._canary
         return versions[-1] if chosen else versions[-2]
 
-    async def _refresh(self, *, strict: bool) -> None:
-        async with self._lock:
+    async def prepare(
+        self, hidden: Collection[str] = (), *, strict: bool = False, again: bool = False
+    ) -> Prepared:
+        """Loads what :meth:`switch` will serve; nobody is answered otherwise before that.
+
+        Args:
+            hidden: models that are not to be served.
+            strict: raise what a version cannot be loaded for, rather than leave the one before it.
+            again: try what could not be loaded before, though it has not changed.
+
+        Raises:
+            UserError: ``strict``, and a folder cannot be loaded or two versions have one name.
+        """
+        if again:
+            self._failed.clear()
+        found = await asyncio.to_thread(places, self._roots)
+        if set(self._loaded) - set(found):
+            # Between the two renames of a replacement a folder is not there.
+            await asyncio.sleep(_REPLACEMENT_SECONDS)
             found = await asyncio.to_thread(places, self._roots)
-            if set(self._loaded) - set(found):
-                # Between the two renames of a replacement a folder is not there.
-                await asyncio.sleep(_REPLACEMENT_SECONDS)
-                found = await asyncio.to_thread(places, self._roots)
-            kept: dict[Place, tuple[tuple[object, ...], Version]] = {}
-            for place in found:
-                before = self._loaded.get(place)
-                if self._name(place) in self._hidden:
-                    continue
-                loaded = await self._loaded_anew(place, before, strict)
-                if loaded is not None:
-                    kept[place] = loaded
-            models: dict[str, list[Version]] = {}
-            for _, version in kept.values():
-                versions = models.setdefault(version.model, [])
-                if any(each.label == version.label for each in versions):
-                    message = f"{version.model}: two folders hold version {version.label}; remove one"
-                    if strict:
-                        raise UserError(message)
-                    log.error(message)
-                    continue
-                versions.append(version)
-            before_labels = {(v.model, v.label) for versions in self._models.values() for v in versions}
-            # From here on new requests go to the new versions, all at once.
-            self._loaded, self._models = kept, models
-            after_labels = {(v.model, v.label) for versions in models.values() for v in versions}
-            for model, label in sorted(before_labels - after_labels):
-                log.info("model %s: version %s is served no more", model, label)
-                self._changed(model, label, "dropped")
+        kept: dict[Place, tuple[tuple[object, ...], Version]] = {}
+        for place in found:
+            if self._name(place) in hidden:
+                continue
+            loaded = await self._loaded_anew(place, self._loaded.get(place), strict)
+            if loaded is not None:
+                kept[place] = loaded
+        models: dict[str, list[Version]] = {}
+        for _, version in kept.values():
+            versions = models.setdefault(version.model, [])
+            if any(each.label == version.label for each in versions):
+                message = f"{version.model}: two folders hold version {version.label}; remove one"
+                if strict:
+                    raise UserError(message)
+                log.error(message)
+                continue
+            versions.append(version)
+        if strict and not models and not hidden:
+            raise UserError("no model to serve; name a run's folder, a bundle's, or a folder of such")
+        self._prepared = kept
+        return Prepared(kept, models, frozenset(hidden))
+
+    def switch(self, prepared: Prepared) -> None:
+        """From here on new requests go to the versions that were prepared, all at once."""
+        before = {id(version): version for versions in self._models.values() for version in versions}
+        after = {id(version): version for versions in prepared.models.values() for version in versions}
+        self._loaded, self._models, self._hidden = prepared.loaded, prepared.models, prepared.hidden
+        self._prepared = {}
+        for key, version in after.items():
+            if key not in before:
+                log.info("model %s: version %s is ready", version.model, version.label)
+                self._changed(version.model, version.label, "loaded")
+        names = {(version.model, version.label) for version in after.values()}
+        for version in before.values():
+            if (version.model, version.label) not in names:
+                log.info("model %s: version %s is served no more", version.model, version.label)
+                self._changed(version.model, version.label, "dropped")
+
+    async def _refresh(self, hidden: Collection[str], *, strict: bool = False, again: bool = False) -> None:
+        async with self._lock:
+            self.switch(await self.prepare(hidden, strict=strict, again=again))
 
     async def _loaded_anew(
         self, place: Place, before: tuple[tuple[object, ...], Version] | None, strict: bool
@@ -237,6 +286,9 @@ class Repository:
             return before  # it is being replaced just now
         if self._failed.get(place) == state or (before is not None and before[0] == state):
             return before
+        prepared = self._prepared.get(place)
+        if prepared is not None and prepared[0] == state:
+            return prepared
         name = self._name(place)
         try:
             version = await asyncio.to_thread(_load, place, self._device)
@@ -248,8 +300,6 @@ class Repository:
             self._changed(name, None, "failed")
             return before
         self._failed.pop(place, None)
-        log.info("model %s: version %s is ready", version.model, version.label)
-        self._changed(version.model, version.label, "loaded")
         return state, version
 
     def _name(self, place: Place) -> str:

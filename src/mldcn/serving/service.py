@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,37 @@ EXTENSIONS = ("binary_tensor_data", "model_repository")
 SMALL_ROWS = 64  # encoded in the event loop: to hand them to a thread costs more
 
 
+class Fleet(Protocol):
+    """What concerns all processes of a server."""
+
+    async def show(self, model: str) -> None:
+        """Looks at a model's folder again; all processes answer by what is there when this returns."""
+
+    async def hide(self, model: str) -> None:
+        """Serves a model no more."""
+
+    async def metrics_text(self) -> bytes:
+        """The metrics of all."""
+
+
+class Alone:
+    """A server of one process.
+
+    Args:
+        repository: its models.
+        metrics: its counters.
+    """
+
+    def __init__(self, repository: Repository, metrics: Metrics) -> None:
+        self.show = repository.show
+        self.hide = repository.hide
+        self._metrics = metrics
+
+    async def metrics_text(self) -> bytes:
+        """The metrics."""
+        return self._metrics.text()
+
+
 class Service:
     """The server but for its sockets.
 
@@ -36,12 +67,16 @@ class Service:
         repository: the models.
         options: of the server.
         metrics: told about everything.
+        fleet: the processes that answer beside this one; None: there is no other.
     """
 
-    def __init__(self, repository: Repository, options: Options, metrics: Metrics) -> None:
+    def __init__(
+        self, repository: Repository, options: Options, metrics: Metrics, fleet: Fleet | None = None
+    ) -> None:
         self.repository = repository
         self.options = options
         self.metrics = metrics
+        self.fleet = fleet or Alone(repository, metrics)
         # Encoding has threads of its own, so that a batch never waits for the reading of a later one.
         self._encoders = ThreadPoolExecutor(options.batching.workers, "encode")
         self._scorers = ThreadPoolExecutor(options.batching.workers, "score")
@@ -148,7 +183,7 @@ class Service:
             Refused: they may not, or it cannot be loaded.
         """
         self._check_control()
-        await self.repository.show(model)
+        await self.fleet.show(model)
 
     async def unload(self, model: str) -> None:
         """Serves a model no more, where callers may ask for it.
@@ -157,7 +192,7 @@ class Service:
             Refused: they may not, or there is no such model.
         """
         self._check_control()
-        await self.repository.hide(model)
+        await self.fleet.hide(model)
 
     def _check_control(self) -> None:
         if self.options.control != "explicit":
