@@ -127,7 +127,13 @@ def test_a_compiled_program_equals_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("to", "embeddings", "bound"), [("torch-export", "int8", 0.02), ("onnx", "int8", 0.02)]
+    ("to", "embeddings", "bound"),
+    [
+        ("torch-export", "int8", 0.02),
+        ("onnx", "int8", 0.02),
+        ("torch-export", "int4", 0.2),
+        ("onnx", "int4", 0.2),
+    ],
 )
 def test_quantised_tables_change_little_and_take_less(tmp_path, rows, to, embeddings, bound):
     predictor, engine, made = bundled(tmp_path, config(MODELS["mldcn"]), to, embeddings=embeddings)
@@ -138,7 +144,7 @@ def test_quantised_tables_change_little_and_take_less(tmp_path, rows, to, embedd
     if to != "onnx":
         tables = sum(table.nbytes for table in predictor.model.tables().values())
         stored = sum(size for file, size in made.sizes.items() if file.startswith("tables/"))
-        assert stored == tables * (6 + 8) // (4 * 6)
+        assert stored == tables * {"int8": 6 + 8, "int4": 3 + 4}[embeddings] // (4 * 6)
 
 
 def test_bf16_weights_and_tables_change_little(tmp_path, rows):

@@ -1,14 +1,23 @@
 """Embedding tables in files of their own, read by memory map: the pages that are in use lie in memory once,
 for all processes that serve them.
 
-``fp32`` and ``bf16`` files hold a table's rows one after another, little-endian. An ``int8`` row of e numbers is
-4 bytes scale, 4 bytes offset (float32) and e codes of a byte each; it stands for ``offset + scale * code``, with
-``offset`` the row's smallest number and ``scale`` a 255th of the row's range. So a number is off by at most half a
-scale, (max - min) / 510, beside the rounding of float32; one of bf16 by at most 1/256 of its size.
+``fp32`` and ``bf16`` files hold a table's rows one after another, little-endian. Quantised rows hold codes, then
+their scale and offset; a number is ``offset + scale * code``:
+
+- ``int8``: e codes of a byte, scale and offset in float32: e + 8 bytes. The offset is the row's smallest number,
+  the scale a 255th of its range.
+- ``int4``: two codes a byte, the first in the lower half, scale and offset in float16: ceil(e / 2) + 4 bytes. The
+  offset is the row's smallest number rounded down, the scale a 15th of what is from there to the largest, rounded
+  up.
+
+So a number is off by at most half a scale: for int8 by (max - min) / 510 of its row, beside the rounding of
+float32; for int4 by (max - min + |min| / 1000) / 29.9 + 4e-8. One of bf16 is off by at most 1/256 of its size.
+These are the rows that FBGEMM's kernels in PyTorch read.
 """
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 from typing import Literal
@@ -21,47 +30,99 @@ from torch.nn import functional
 from mldcn.errors import UserError
 from mldcn.files import atomic
 
-Kind = Literal["fp32", "bf16", "int8"]
-KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8")
-_HEAD = 8  # bytes of scale and offset before an int8 row's codes
-_LEVELS = 255
+Kind = Literal["fp32", "bf16", "int8", "int4"]
+KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8", "int4")
+_LEVELS = {"int8": 255, "int4": 15}
 _CHUNK = 1 << 16  # rows written at a time
 
 
 def row_bytes(kind: Kind, width: int) -> int:
     """Bytes of a row of ``width`` numbers."""
-    return {"fp32": 4 * width, "bf16": 2 * width, "int8": _HEAD + width}[kind]
+    return {"fp32": 4 * width, "bf16": 2 * width, "int8": width + 8, "int4": (width + 1) // 2 + 4}[kind]
 
 
 def write_table(weight: Tensor, path: Path, kind: Kind) -> None:
-    """Writes a table ``(N, e)`` atomically, in bounded memory beside the table itself."""
+    """Writes a table ``(N, e)`` atomically, in bounded memory beside the table itself.
+
+    Raises:
+        UserError: it holds numbers that ``kind`` does not.
+    """
     with atomic(path) as temporary, temporary.open("wb") as file:
         for start in range(0, len(weight), _CHUNK):
             file.write(packed(weight[start : start + _CHUNK].detach().float().cpu(), kind).numpy().tobytes())
 
 
 def packed(weight: Tensor, kind: Kind) -> Tensor:
-    """Rows ``(n, e)`` float32 as bytes ``(n, row_bytes)``."""
+    """Rows ``(n, e)`` float32 as bytes ``(n, row_bytes)``.
+
+    Raises:
+        UserError: they hold numbers that ``kind`` does not.
+    """
     if kind == "fp32":
         return weight.contiguous().view(torch.uint8)
     if kind == "bf16":
         return weight.to(torch.bfloat16).contiguous().view(torch.uint8)
-    low, high = torch.aminmax(weight, dim=1, keepdim=True)
     # In float64: the range of two large numbers may be more than float32 holds.
-    scale = ((high.double() - low.double()) / _LEVELS).float()
+    low, high = (each.double() for each in torch.aminmax(weight, dim=1, keepdim=True))
+    if kind == "int8":
+        scale, offset = ((high - low) / _LEVELS[kind]).float(), low.float()
+    else:
+        offset = _half(low, up=False)
+        scale = _half((high - offset.double()) / _LEVELS[kind], up=True)
+    if not (scale.isfinite().all() and offset.isfinite().all()):
+        raise UserError(f"a table holds numbers too large for {kind} rows, or none; use --embeddings fp32")
     step = torch.where(scale > 0, scale, 1.0).double()
-    codes = ((weight.double() - low.double()) / step).round().clamp(0, _LEVELS)
-    return torch.cat([torch.cat([scale, low], 1).view(torch.uint8), codes.to(torch.uint8)], 1)
+    codes = ((weight.double() - offset.double()) / step).round().clamp(0, _LEVELS[kind]).to(torch.uint8)
+    if kind == "int4":
+        even = functional.pad(codes, (0, codes.shape[1] % 2))
+        codes = even[:, ::2] | (even[:, 1::2] << 4)
+    return torch.cat([codes, torch.cat([scale, offset], 1).view(torch.uint8)], 1)
 
 
-def unpacked(rows: Tensor, kind: Kind) -> Tensor:
-    """The inverse of :func:`packed`, as float32; of any shape ``(..., row_bytes)``."""
+def _half(values: Tensor, *, up: bool) -> Tensor:
+    """Float16 numbers that are not below (``up``) or not above the values; infinite where there are none."""
+    with np.errstate(over="ignore"):
+        exact = values.numpy()
+        near = exact.astype(np.float16)
+        beyond = near < exact if up else near > exact
+        away = np.nextafter(near, np.float16(np.inf if up else -np.inf))
+    return torch.from_numpy(np.where(beyond, away, near))
+
+
+def unpacked(rows: Tensor, kind: Kind, width: int) -> Tensor:
+    """The inverse of :func:`packed`, as float32 on the rows' device; of any shape ``(..., row_bytes)``."""
     if kind == "fp32":
         return rows.view(torch.float32)
     if kind == "bf16":
         return rows.view(torch.bfloat16).float()
-    head = rows[..., :_HEAD].reshape(-1).view(torch.float32).view(*rows.shape[:-1], 2)
-    return torch.addcmul(head[..., 1:], rows[..., _HEAD:].float(), head[..., :1])
+    codes, scale, offset = parts(rows, kind)
+    if kind == "int4":
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :width]
+    return torch.addcmul(offset, codes.float(), scale)
+
+
+def parts(rows: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """Of quantised rows ``(..., row_bytes)`` the codes' bytes, and scale and offset ``(..., 1)`` float32."""
+    size, dtype = (8, torch.float32) if kind == "int8" else (4, torch.float16)
+    head = rows[..., -size:].reshape(-1).view(dtype).float().view(*rows.shape[:-1], 2)
+    return rows[..., :-size], head[..., :1], head[..., 1:]
+
+
+def gathered(table: Tensor, rows: Tensor, kind: Kind, width: int) -> Tensor:
+    """Rows ``(n,)`` of a packed table ``(N, row_bytes)`` in memory, as ``(n, e)`` float32.
+
+    One pass over what is read, by PyTorch's kernels of embeddings and of bags of quantised ones (here of one).
+    """
+    if kind == "fp32":
+        return functional.embedding(rows, table.view(torch.float32))
+    if kind == "bf16":
+        return functional.embedding(rows, table.view(torch.bfloat16)).float()
+    bags = torch.ops.quantized
+    kernel = (
+        bags.embedding_bag_byte_rowwise_offsets if kind == "int8" else bags.embedding_bag_4bit_rowwise_offsets
+    )
+    found: Tensor = kernel(table, rows, torch.arange(len(rows), dtype=rows.dtype))
+    return found[:, :width]
 
 
 class TableFile:
@@ -91,15 +152,23 @@ class TableFile:
             raise UserError(
                 f"{path}: has {found} bytes, expected {rows * size}; export the run again or restore the file"
             )
-        # A private mapping: nobody writes to it, and PyTorch takes only arrays that could be written to.
-        mapped = np.memmap(path, np.uint8, "c", shape=(rows, size)) if rows else np.zeros((0, size), np.uint8)
-        self._bytes = torch.from_numpy(mapped)
-        # What PyTorch can look up as numbers needs no second step.
-        self._numbers = self._bytes.view(torch.float32) if kind == "fp32" else None
+        self._bytes = _mapped(path, rows, size)
 
     def look_up(self, rows: Tensor) -> Tensor:
         """Rows ``(B, n)`` as ``(B, n, e)`` float32."""
-        if self._numbers is not None:
-            return functional.embedding(rows, self._numbers)
-        flat = self._bytes.index_select(0, rows.reshape(-1))
-        return unpacked(flat, self.kind).view(*rows.shape, self.width)
+        return gathered(self._bytes, rows.reshape(-1), self.kind, self.width).view(*rows.shape, self.width)
+
+    def packed(self, rows: Tensor) -> Tensor:
+        """Rows ``(n,)`` as they lie in the file, ``(n, row_bytes)``."""
+        return self._bytes.index_select(0, rows)
+
+
+def _mapped(path: Path, rows: int, size: int) -> Tensor:
+    if not rows * size:
+        return torch.zeros((rows, size), dtype=torch.uint8)
+    with path.open("rb") as file:
+        # A private mapping: nobody writes to it, and PyTorch takes only arrays that could be written to.
+        mapped = mmap.mmap(file.fileno(), rows * size, access=mmap.ACCESS_COPY)
+    # Look-ups come in no order: what lies beside a row is not wanted more than what lies elsewhere.
+    mapped.madvise(mmap.MADV_RANDOM)
+    return torch.from_numpy(np.frombuffer(mapped, np.uint8).reshape(rows, size))

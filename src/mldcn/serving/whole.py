@@ -11,7 +11,7 @@ from torch.nn import functional
 from mldcn.embedding.sides import hashed_crosses
 from mldcn.metrics import Isotonic, Platt
 from mldcn.serving.program import Body, LookUp
-from mldcn.serving.store import Kind, packed, unpacked
+from mldcn.serving.store import Kind, packed, parts, unpacked
 
 _EDGE = torch.finfo(torch.float32).eps  # where Platt's logit of a float32 probability is cut
 
@@ -74,24 +74,26 @@ class _Table(nn.Module):
         self.crossed = bool(plan.members)
         for name in ("columns", "shift", "members", "salts"):
             self.register_buffer(name, torch.tensor(getattr(plan, name)))
-        if plan.kind == "int8":
-            table = packed(weight, "int8")
-            self.register_buffer("head", table[:, :8].contiguous().view(torch.float32))
-            self.register_buffer("table", table[:, 8:].contiguous())
+        self.width = plan.width
+        if plan.kind in ("int8", "int4"):
+            codes, scale, offset = parts(packed(weight, plan.kind), plan.kind)
+            self.register_buffer("table", codes.contiguous())
+            self.register_buffer("head", torch.cat([scale, offset], 1))
         else:
-            self.register_buffer(
-                "table", weight if plan.kind == "fp32" else unpacked(packed(weight, "bf16"), "bf16")
-            )
+            self.register_buffer("table", unpacked(packed(weight, plan.kind), plan.kind, plan.width))
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.crossed:
             rows = hashed_crosses(ids, self.columns, self.members, self.salts, self.rows)
         else:
             rows = ids.index_select(1, self.columns) + self.shift
-        if self.kind != "int8":
+        if self.kind in ("fp32", "bf16"):
             return functional.embedding(rows, self.table)
-        head, codes = self.head[rows], self.table[rows]
-        return head[..., 1:] + codes.float() * head[..., :1]
+        head, codes = self.head[rows], self.table[rows].float()
+        if self.kind == "int4":
+            high = (codes / 16).floor()  # ONNX has no shifts of bytes
+            codes = torch.stack([codes - 16 * high, high], -1).flatten(-2)[..., : self.width]
+        return head[..., 1:] + codes * head[..., :1]
 
 
 class _Served(nn.Module):
