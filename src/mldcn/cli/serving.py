@@ -142,6 +142,9 @@ def serve(
     private_key: Annotated[Path | None, typer.Option(help="PEM file of its key")] = None,
     shutdown_delay: Annotated[float, typer.Option(min=0, help="seconds from 'not ready' to the end")] = 0.0,
     access_log: Annotated[bool, typer.Option(help="a JSON line for each request")] = True,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="send spans to where OTEL_EXPORTER_OTLP_ENDPOINT says")
+    ] = False,
 ) -> None:
     """Serves models: Open Inference Protocol v2 by HTTP and gRPC, and POST /v1/rank.
 
@@ -171,6 +174,7 @@ def serve(
         processes=processes,
         threads=threads,
         access_log=access_log,
+        traces=traces,
     )
     server = _server(models, options)
     # The console's package would bring PyTorch into a process that only leads others.

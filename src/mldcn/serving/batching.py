@@ -13,15 +13,18 @@ from mldcn.serving.engine import Engine, Rows, Scores
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Batching
 from mldcn.serving.refused import Reason, Refused
+from mldcn.serving.tracing import Trace, current
 
 
 @dataclass
 class _Job:
-    """Rows of one request that wait. ``weight`` is their number, at least 1."""
+    """Rows of one request that wait. ``weight`` is their number, at least 1; ``limits`` are its model's."""
 
     rows: Rows
     future: asyncio.Future[Scores]
     weight: int
+    limits: Batching
+    trace: Trace | None
     arrived: float = field(default_factory=time.monotonic)
 
 
@@ -68,28 +71,38 @@ class Batcher:
         """Rows in the queue."""
         return self._waiting
 
-    def admit(self, rows: int) -> None:
+    def admit(self, rows: int, limits: Batching | None = None) -> None:
         """Refuses a request for which there is no room.
 
         Called before the work of reading a request is done, and again when it is queued.
 
+        Args:
+            rows: of the request.
+            limits: of its model, where they are other than the server's.
+
         Raises:
             Refused: the queue is full.
         """
-        if self._waiting and self._waiting + rows > self._options.queue_rows:
+        if self._waiting and self._waiting + rows > (limits or self._options).queue_rows:
             seconds = self._waiting / self._rows_a_second if self._rows_a_second else 1.0
             raise Refused(
                 Reason.BUSY, "too many requests wait already; try again later", max(1, math.ceil(seconds))
             )
 
-    async def score(self, engine: Engine, rows: Rows) -> Scores:
+    async def score(self, engine: Engine, rows: Rows, limits: Batching | None = None) -> Scores:
         """Scores a request's rows, together with others'.
+
+        Args:
+            engine: of the request's version.
+            rows: of the request.
+            limits: of the engine's batches, where they are other than the server's.
 
         Raises:
             Refused: the queue is full, or the server stops.
         """
-        job = _Job(rows, asyncio.get_running_loop().create_future(), max(1, len(rows)))
-        self.admit(job.weight)
+        future: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
+        job = _Job(rows, future, max(1, len(rows)), limits or self._options, current.get())
+        self.admit(job.weight, limits)
         self._queues.setdefault(engine, deque()).append(job)
         self._set_waiting(self._waiting + job.weight)
         self._changed.set()
@@ -121,6 +134,10 @@ class Batcher:
             self._metrics.stages["score"].observe(took)
             self._metrics.batch_requests.observe(len(batch))
             self._metrics.batch_rows.observe(sum(len(job.rows) for job in batch))
+            for job in batch:
+                if job.trace is not None:
+                    job.trace.stage("queue", job.arrived, begun)
+                    job.trace.stage("score", begun, begun + took, batch_requests=len(batch))
             speed = sum(job.weight for job in batch) / max(took, 1e-6)
             self._rows_a_second = 0.9 * (self._rows_a_second or speed) + 0.1 * speed
             for job, scores in zip(batch, answers, strict=True):
@@ -140,7 +157,7 @@ class Batcher:
                 await self._changed.wait()
                 continue
             engine, jobs = min(self._queues.items(), key=lambda queue: queue[1][0].arrived)
-            rest = jobs[0].arrived + self._options.delay - time.monotonic()
+            rest = jobs[0].arrived + jobs[0].limits.delay - time.monotonic()
             if rest <= 0 or self._full(jobs):
                 return engine, self._cut(jobs)
             try:
@@ -153,14 +170,14 @@ class Batcher:
         rows = 0
         for job in jobs:
             rows += job.weight
-            if rows >= self._options.rows:
+            if rows >= job.limits.rows:
                 return True
         return False
 
     def _cut(self, jobs: deque[_Job]) -> list[_Job]:
         batch: list[_Job] = []
         rows = 0
-        while jobs and (not batch or rows + jobs[0].weight <= self._options.rows):
+        while jobs and (not batch or rows + jobs[0].weight <= jobs[0].limits.rows):
             job = self._drop(jobs)
             if not job.future.done():
                 batch.append(job)

@@ -14,11 +14,13 @@ from typing import Any
 
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.refused import Reason, Refused
+from mldcn.serving.tracing import Trace
 
 access = logging.getLogger("mldcn.access")
 
 REQUEST_ID = "x-request-id"
 ROUTING_KEY = "x-routing-key"
+_FAILED = ("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -50,15 +52,19 @@ class Call:
         transport: ``http`` or ``grpc``.
         given_id: the caller's id of it.
         client: the caller's address.
+        trace: its span, where spans are made.
     """
 
-    def __init__(self, metrics: Metrics, transport: str, given_id: str | None, client: str) -> None:
+    def __init__(
+        self, metrics: Metrics, transport: str, given_id: str | None, client: str, trace: Trace | None = None
+    ) -> None:
         self.id = request_id(given_id)
         self.name = "other"
         self.facts: dict[str, Any] = {}
         self._metrics = metrics
         self._transport = transport
         self._client = client
+        self._trace = trace
         self._begun = time.monotonic()
         metrics.under_way.inc()
 
@@ -73,6 +79,10 @@ class Call:
         self._metrics.under_way.dec()
         self._metrics.requests.labels(self._transport, self.name, str(status)).inc()
         self._metrics.seconds.labels(self._transport, self.name).observe(seconds)
+        if self._trace is not None:
+            facts = {"request_id": self.id, "transport": self._transport, "status": status, **self.facts}
+            failed = str(status).startswith("5") or status in _FAILED
+            self._trace.end(self.name, facts, failed=failed)
         if logged and access.isEnabledFor(logging.INFO):
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -90,10 +90,11 @@ def _around(service: Service, name: str, method: Method) -> Callable[[Any, Conte
         metadata = {
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
         }
-        call = Call(service.metrics, "grpc", metadata.get(REQUEST_ID), context.peer())
+        logged = name not in OPEN
+        trace = service.trace(metadata) if logged else None
+        call = Call(service.metrics, "grpc", metadata.get(REQUEST_ID), context.peer(), trace)
         call.name = name
         code = "CANCELLED"
-        logged = name not in OPEN
         try:
             await context.send_initial_metadata(((REQUEST_ID, call.id),))
             if logged:

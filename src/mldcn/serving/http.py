@@ -286,7 +286,8 @@ class Around:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         client = (scope.get("client") or ("",))[0]
-        call = Call(self._service.metrics, "http", headers.get(REQUEST_ID), client)
+        trace = None if scope["path"] in OPEN else self._service.trace(headers)
+        call = Call(self._service.metrics, "http", headers.get(REQUEST_ID), client, trace)
         scope["call"] = call
         status: int | str = "gone"
 

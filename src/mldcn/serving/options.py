@@ -77,6 +77,7 @@ class Options:
         threads: of a batch's computation; None is PyTorch's choice, or with several processes the cores' even
             share.
         access_log: whether each request has its line in the log.
+        traces: whether spans of requests are sent as OpenTelemetry's environment variables say.
     """
 
     host: str = "127.0.0.1"
@@ -96,6 +97,7 @@ class Options:
     processes: int = 1
     threads: int | None = None
     access_log: bool = True
+    traces: bool = False
 
     @property
     def threads_each(self) -> int | None:

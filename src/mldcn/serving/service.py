@@ -21,6 +21,7 @@ from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Options
 from mldcn.serving.refused import Reason, Refused, invalid
 from mldcn.serving.repository import Repository, Version
+from mldcn.serving.tracing import Trace, Tracing, current
 
 log = logging.getLogger("mldcn.serving")
 
@@ -81,6 +82,7 @@ class Service:
         self._encoders = ThreadPoolExecutor(options.batching.workers, "encode")
         self._scorers = ThreadPoolExecutor(options.batching.workers, "score")
         self._batcher = Batcher(options.batching, self._scorers, metrics)
+        self._tracing = Tracing.from_environment() if options.traces else None
         self.stopping = False
 
     def start(self) -> None:
@@ -92,6 +94,8 @@ class Service:
         await self._batcher.stop()
         for pool in (self._encoders, self._scorers):
             pool.shutdown(wait=False, cancel_futures=True)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     @property
     def version(self) -> str:
@@ -121,6 +125,14 @@ class Service:
         self.check_ready()
         self._batcher.admit(1)
 
+    def trace(self, headers: Mapping[str, str]) -> Trace | None:
+        """Begins the span of the request that this task answers, where spans are made."""
+        if self._tracing is None:
+            return None
+        trace = self._tracing.begin(headers)
+        current.set(trace)
+        return trace
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Counts the time of a stage."""
@@ -128,7 +140,11 @@ class Service:
         try:
             yield
         finally:
-            self.metrics.stages[name].observe(time.monotonic() - begun)
+            ended = time.monotonic()
+            self.metrics.stages[name].observe(ended - begun)
+            trace = current.get()
+            if trace is not None:
+                trace.stage(name, begun, ended)
 
     async def infer(self, request: wire.InferRequest) -> tuple[Version, Scores]:
         """Scores the rows of a protocol's request.
