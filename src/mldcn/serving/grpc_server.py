@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from mldcn.serving import wire
@@ -62,7 +63,6 @@ def build(service: Service, *, shared_port: bool = False) -> grpc.aio.Server:
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
             _around(service, name, getattr(methods, name)),
-            request_deserializer=MESSAGES[f"{name}Request"].FromString,
             response_serializer=MESSAGES[f"{name}Response"].SerializeToString,
         )
         for name in METHODS
@@ -84,9 +84,13 @@ def listen(server: grpc.aio.Server, address: str, tls: tuple[bytes, bytes] | Non
 
 
 def _around(service: Service, name: str, method: Method) -> Callable[[Any, Context], Awaitable[Any]]:
-    """A method with what happens to every call."""
+    """A method with what happens to every call.
 
-    async def handle(request: Any, context: Context) -> Any:
+    It is given the message's bytes: gRPC would answer those that are no message with UNKNOWN, and log a traceback.
+    """
+    form = MESSAGES[f"{name}Request"]
+
+    async def handle(message: bytes, context: Context) -> Any:
         metadata = {
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
         }
@@ -99,6 +103,10 @@ def _around(service: Service, name: str, method: Method) -> Callable[[Any, Conte
             await context.send_initial_metadata(((REQUEST_ID, call.id),))
             if logged:
                 check_token(service.options.token, metadata.get("authorization"))
+            try:
+                request = form.FromString(message)
+            except DecodeError:
+                raise invalid(f"the message is no {name}Request") from None
             reply = await method(request, call, metadata)
             code = "OK"
             return reply
