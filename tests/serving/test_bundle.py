@@ -81,7 +81,7 @@ def test_files_that_the_manifest_does_not_know_are_refused(copied):
 
 def test_another_version_is_refused(copied):
     edit(copied / "manifest.json", lambda raw: raw.update(format=99))
-    with pytest.raises(UserError, match="a bundle of format 99; this version of mldcn .* reads format 1"):
+    with pytest.raises(UserError, match="a bundle of format 99; this version of mldcn .* reads format 2"):
         Engine.load(copied, "cpu")
 
 

@@ -6,6 +6,7 @@ encoder/             vocabularies and fitted transforms
 calibrators.json     only where the run has them
 tables/              the embedding tables, one file for each width (``aoti`` and ``torch-export``)
 program.*            the rest of the model; ``model.onnx`` holds the tables too
+requests.*           the same for requests of several candidates, what these share computed once
 sample.json          a request, and the answer that was had at export
 manifest.json        the size and SHA-256 of each of the above
 
@@ -27,6 +28,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mldcn import __version__
 from mldcn.config import load_config
@@ -46,16 +49,20 @@ from mldcn.model import pick_device
 from mldcn.serving.engine import Engine, Program, content_version
 from mldcn.serving.program import LookUp, Tables
 
-FORMAT = 1
+FORMAT = 2
 BUNDLE = "bundle.json"
 MANIFEST = "manifest.json"
 SAMPLE = "sample.json"
 Target = Literal["aoti", "onnx", "torch-export"]
 TARGETS: tuple[Target, ...] = ("aoti", "onnx", "torch-export")
 PROGRAMS: dict[Target, str] = {"aoti": "program.pt2", "onnx": "model.onnx", "torch-export": "program.json"}
+REQUESTS: dict[Target, str] = {"aoti": "requests.pt2", "torch-export": "requests.json"}
 
-# ids (B, C), dense (B, D), the rows of each file of tables -> logits (B, T).
-Function = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+# Candidates a request from which on its share is computed apart.
+SHARED_FROM = 2
+
+# Of mldcn.serving.program.Body or mldcn.serving.rewriting.PerRequest.
+Function = Callable[..., Tensor]
 
 
 @contextlib.contextmanager
@@ -158,18 +165,95 @@ def open_program(path: Path, facts: dict[str, Any], device: str) -> Program:
     if target == "onnx":
         return _onnx_program(file)
     place = pick_device(facts["device"] if target == "aoti" else device)
-    function = _aoti_function(file, facts, place) if target == "aoti" else _portable_function(file, place)
-    tables = Tables(path / "tables", [LookUp(**each) for each in facts["look_ups"]])
+
+    def function(name: str) -> Function:
+        if target == "aoti":
+            return _aoti_function(path / name, facts, place)
+        return _portable_function(path / name, place)
+
+    def tables(plan: list[dict[str, Any]]) -> Tables:
+        return Tables(path / "tables", [LookUp(**each) for each in plan])
+
+    requests = facts.get("requests")
+    per_request = None
+    if requests is not None:
+        sides = (tables(requests["first"]), tables(requests["own"]))
+        per_request = PerRequestProgram(function(REQUESTS[target]), *sides)
+    return BundleProgram(function(PROGRAMS[target]), tables(facts["look_ups"]), per_request, place)
+
+
+@dataclass(frozen=True)
+class PerRequestProgram:
+    """What computes a request's share once: the function, the look-ups of requests and those of candidates."""
+
+    function: Function
+    first: Tables
+    own: Tables
+
+
+class BundleProgram:
+    """The program of a bundle in two steps: look-ups in the tables, and the rest.
+
+    Args:
+        function: from ids, dense and rows of tables to logits.
+        tables: where the rows lie.
+        per_request: the same over requests and their candidates, where the model has features of both.
+        device: where the rest is computed.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        tables: Tables,
+        per_request: PerRequestProgram | None,
+        device: torch.device,
+    ) -> None:
+        self.function = function
+        self.tables = tables
+        self.per_request = per_request
+        self.device = device
+
+    def __call__(
+        self,
+        ids: NDArray[np.int32],
+        dense: NDArray[np.float32],
+        request: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits ``(N, T)``; see :class:`mldcn.serving.engine.Program`."""
+        return self.compute(self.look_up(ids, dense, request))
 
     @torch.inference_mode()
-    def program(ids: NDArray[np.int32], dense: NDArray[np.float32]) -> NDArray[np.float32]:
-        given = torch.from_numpy(ids)
-        rows = [each.to(place) for each in tables.look_up(given)]
-        logits = function(given.to(place), torch.from_numpy(dense).to(place), rows)
+    def look_up(
+        self,
+        ids: NDArray[np.int32],
+        dense: NDArray[np.float32],
+        request: NDArray[np.int64] | None = None,
+    ) -> LookedUp:
+        """The first step."""
+        shared = self.per_request
+        given, numbers = torch.from_numpy(ids), torch.from_numpy(dense)
+        if shared is None or request is None or len(ids) < SHARED_FROM * (request[-1:] + 1).sum():
+            return LookedUp(self.function, (given, numbers, self.tables.look_up(given)))
+        each = torch.from_numpy(request)
+        first = torch.from_numpy(np.flatnonzero(np.diff(request, prepend=-1)))
+        heads = given.index_select(0, first), numbers.index_select(0, first)
+        rows = shared.first.look_up(heads[0]), shared.own.look_up(given)
+        return LookedUp(shared.function, (heads, (given, numbers), *rows, each))
+
+    @torch.inference_mode()
+    def compute(self, found: LookedUp) -> NDArray[np.float32]:
+        """The second step."""
+        logits = found.function(*tree_map(lambda tensor: tensor.to(self.device), found.inputs))
         numbers: NDArray[np.float32] = logits.cpu().numpy()
         return numbers
 
-    return program
+
+@dataclass(frozen=True)
+class LookedUp:
+    """What the second step of a :class:`BundleProgram` needs of the first."""
+
+    function: Function
+    inputs: tuple[Any, ...]
 
 
 def machine(device: torch.device) -> str:
@@ -211,7 +295,9 @@ def _onnx_program(file: Path) -> Program:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     wanted = {each.name for each in session.get_inputs()}
 
-    def program(ids: NDArray[np.int32], dense: NDArray[np.float32]) -> NDArray[np.float32]:
+    def program(
+        ids: NDArray[np.int32], dense: NDArray[np.float32], request: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         given = {"ids": ids, "dense": dense}
         found = session.run(["logits"], {name: given[name] for name in wanted})
         logits: NDArray[np.float32] = found[0]

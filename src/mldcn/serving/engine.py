@@ -7,10 +7,10 @@ An engine computes what ``mldcn predict`` does for the same rows of a log, texts
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +27,28 @@ from mldcn.metrics import Isotonic, Platt
 from mldcn.model import Ranker
 from mldcn.predict import Predictor, calibrated, unsampled
 from mldcn.run import VERSIONED, RunFolder
+from mldcn.serving.halves import halves
 from mldcn.serving.sample import sample_request
 from mldcn.serving.values import Columns, Input
 
-# Encoded rows to logits (n, T), the position's term at the serving position included.
-Program = Callable[[NDArray[np.int32], NDArray[np.float32]], NDArray[np.float32]]
+
+class Program(Protocol):
+    """Encoded rows to logits, the position's term at the serving position included."""
+
+    def __call__(
+        self,
+        ids: NDArray[np.int32],
+        dense: NDArray[np.float32],
+        request: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits ``(N, T)``.
+
+        Args:
+            ids: ``(N, C)``.
+            dense: ``(N, D)``.
+            request: ``(N,)``: rows of one number follow one another and agree in the features of user and
+                context; the first is 0, the next 1 and so on. None where that is not known.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,12 +60,14 @@ class Rows:
         dense: ``(n, D)``.
         unseen: ids that training did not see, counted by feature; hashed features have none.
         missing: missing values, empty lists among them, counted by feature.
+        request: whether they are the candidates of one request, and so agree in the features of user and context.
     """
 
     ids: NDArray[np.int32]
     dense: NDArray[np.float32]
     unseen: dict[str, int] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
+    request: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,6 +122,7 @@ class Engine:
         self.program = program
         self._sample = sample
         self._columns = Columns(config.log_schema, config.data.missing)
+        self._halves = halves(encoder, config.data.missing)
         self._rates = [label.negative_sampling_rate for label in config.log_schema.labels]
 
     @classmethod
@@ -180,25 +200,50 @@ class Engine:
         Raises:
             UserError: as :meth:`score`.
         """
-        table = self._columns.table(columns)
-        parsed = parse(self.config.log_schema, RawBlock(table, "request", 1), labels=False)
-        block = self.encoder.assemble(parsed)
-        return Rows(block.ids, block.dense, self._unseen(block), self._missing(parsed, block))
+        return self._encoded(self.encoder, self._columns, columns)
 
     def encode_rank(self, constant: Mapping[str, Any], candidates: Mapping[str, Sequence[Any]]) -> Rows:
-        """The first half of :meth:`rank`.
+        """The first half of :meth:`rank`. What the request gives once is encoded once.
 
         Raises:
             UserError: as :meth:`rank`.
         """
-        return self.encode(self._columns.joined(constant, candidates))
+        if self._halves is None or not self._halves[0].is_given(constant, candidates):
+            return self.encode(self._columns.joined(constant, candidates))
+        self._columns.check_sides(constant, candidates)
+        self._columns.check_names([*constant, *candidates])
+        once, each = self._halves
+        shared = {column.name for column in once.columns.inputs} & constant.keys()
+        read = {column.name for column in each.columns.inputs}
+        first = self._encoded(once.encoder, once.columns, {name: [constant[name]] for name in shared})
+        repeated = {name: value for name, value in constant.items() if name in read}
+        own = self._encoded(each.encoder, each.columns, each.columns.joined(repeated, candidates))
+        count = len(own)
+        ids = np.empty((count, self.encoder.layout.num_id_columns), np.int32)
+        dense = np.empty((count, self.encoder.layout.num_dense_columns), np.float32)
+        for half, rows in ((once, first), (each, own)):
+            ids[:, half.ids] = rows.ids
+            dense[:, half.dense] = rows.dense
+        return Rows(
+            ids,
+            dense,
+            own.unseen | {name: count * number for name, number in first.unseen.items()},
+            own.missing | {name: count * number for name, number in first.missing.items()},
+            request=True,
+        )
 
     def score_rows(self, calls: Sequence[Rows]) -> list[Scores]:
         """The second half of :meth:`score`, for several calls in one batch."""
         several = len(calls) > 1
         ids = np.concatenate([call.ids for call in calls]) if several else calls[0].ids
         dense = np.concatenate([call.dense for call in calls]) if several else calls[0].dense
-        scores = self._probabilities(ids, dense)
+        request = None
+        if any(call.request for call in calls):
+            steps = [
+                np.arange(len(call)) == 0 if call.request else np.ones(len(call), bool) for call in calls
+            ]
+            request = np.cumsum(np.concatenate(steps)) - 1
+        scores = self._probabilities(ids, dense, request)
         ends = np.cumsum([len(call) for call in calls])[:-1]
         return [
             Scores(part, call.unseen, call.missing)
@@ -232,43 +277,54 @@ class Engine:
                 "export the run again"
             )
 
-    def _probabilities(self, ids: NDArray[np.int32], dense: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _probabilities(
+        self, ids: NDArray[np.int32], dense: NDArray[np.float32], request: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
         size = self.config.training.eval_batch_size
-        parts = [
-            torch.sigmoid(
-                torch.from_numpy(self.program(ids[start : start + size], dense[start : start + size]))
-            )
-            for start in range(0, len(ids), size)
-        ]
+        parts = []
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            among = None if request is None else request[part] - request[start]
+            parts.append(torch.sigmoid(torch.from_numpy(self.program(ids[part], dense[part], among))))
         scores = torch.cat(parts).numpy() if parts else np.zeros((0, len(self.tasks)), np.float32)
         return unsampled(calibrated(scores, self.tasks, self._calibrators), self._rates)
 
-    def _unseen(self, block: EncodedBlock) -> dict[str, int]:
-        return {
-            slot.feature: int((block.ids[:, slot.columns] == OUT_OF_VOCABULARY).sum())
-            for slot in self._values()
-            if not isinstance(self.encoder.tables[slot.table], HashedRows)
-        }
+    def _encoded(self, encoder: Encoder, columns: Columns, values: Mapping[str, Sequence[Any]]) -> Rows:
+        parsed = parse(encoder.schema, RawBlock(columns.table(values), "request", 1), labels=False)
+        block = encoder.assemble(parsed)
+        return Rows(block.ids, block.dense, _unseen(encoder, block), _missing(encoder, parsed, block))
 
-    def _missing(self, parsed: ParsedBlock, block: EncodedBlock) -> dict[str, int]:
-        # A list's first place is its padding only where it is empty.
-        found = {slot.feature: int((block.ids[:, slot.start] == MISSING).sum()) for slot in self._values()}
-        for slot in self.encoder.layout.dense:
-            if slot.kind == "numeric":
-                found[slot.feature] = int(np.isnan(parsed.numbers[slot.feature]).sum())
-            elif slot.kind == "embedding":
-                found[slot.feature] = int((~parsed.vectors[slot.feature].any(axis=1)).sum())
-        return found
 
-    def _values(self) -> list[IdSlot]:
-        return [slot for slot in self.encoder.layout.ids if slot.role == "values"]
+def _unseen(encoder: Encoder, block: EncodedBlock) -> dict[str, int]:
+    return {
+        slot.feature: int((block.ids[:, slot.columns] == OUT_OF_VOCABULARY).sum())
+        for slot in _values(encoder)
+        if not isinstance(encoder.tables[slot.table], HashedRows)
+    }
+
+
+def _missing(encoder: Encoder, parsed: ParsedBlock, block: EncodedBlock) -> dict[str, int]:
+    # A list's first place is its padding only where it is empty.
+    found = {slot.feature: int((block.ids[:, slot.start] == MISSING).sum()) for slot in _values(encoder)}
+    for slot in encoder.layout.dense:
+        if slot.kind == "numeric":
+            found[slot.feature] = int(np.isnan(parsed.numbers[slot.feature]).sum())
+        elif slot.kind == "embedding":
+            found[slot.feature] = int((~parsed.vectors[slot.feature].any(axis=1)).sum())
+    return found
+
+
+def _values(encoder: Encoder) -> list[IdSlot]:
+    return [slot for slot in encoder.layout.ids if slot.role == "values"]
 
 
 def eager(model: Ranker, device: torch.device) -> Program:
     """A model as a program, computed by PyTorch operation by operation."""
 
     @torch.inference_mode()
-    def program(ids: NDArray[np.int32], dense: NDArray[np.float32]) -> NDArray[np.float32]:
+    def program(
+        ids: NDArray[np.int32], dense: NDArray[np.float32], request: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         logits = model.relevance(torch.from_numpy(ids).to(device), torch.from_numpy(dense).to(device))
         if model.position_bias is not None:
             logits = logits + model.position_logit(None)

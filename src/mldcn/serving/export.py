@@ -26,6 +26,7 @@ from mldcn.predict import Predictor
 from mldcn.serving.bundle import (
     BUNDLE,
     PROGRAMS,
+    REQUESTS,
     SAMPLE,
     Target,
     machine,
@@ -36,6 +37,7 @@ from mldcn.serving.bundle import (
 from mldcn.serving.engine import Engine, Program
 from mldcn.serving.portable import save_portable
 from mldcn.serving.program import Body, LookUp, Tables, look_ups
+from mldcn.serving.sharing import divided, per_request
 from mldcn.serving.store import KINDS, Kind, write_table
 from mldcn.serving.validation import AucChange, described, validation
 from mldcn.serving.whole import Whole
@@ -44,6 +46,7 @@ DType = Literal["fp32", "bf16"]
 OPSET = 20
 _EXAMPLE_ROWS = 7
 _COMPARED_ROWS = 1_000
+_CANDIDATES = 13  # of a request, of these rows
 # How far a bundle's answers may lie from those at its export (another machine rounds otherwise), by dtype, and
 # from the run's own where nothing was rounded.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -137,9 +140,9 @@ def export_run(
         if predictor.calibrators:
             saved = {task: each.to_json() for task, each in predictor.calibrators.items()}
             write_json(folder / "calibrators.json", saved)
-        _write_program(predictor, plan, to, dtype, place, folder)
+        facts["requests"] = _write_program(predictor, plan, to, dtype, place, folder)
         program = open_program(folder, facts, str(place))
-        difference = _apart(program, compared, expected)
+        difference = max(_apart(program, compared, expected), _apart_by_request(program, predictor, compared))
         if dtype == embeddings == "fp32" and not difference <= _TOLERANCE["fp32"]:
             raise UserError(
                 f"the exported program's probabilities differ from the run's by up to {difference:.2g}; please "
@@ -189,10 +192,29 @@ def _apart(
     return float((torch.sigmoid(found) - torch.sigmoid(wanted)).abs().max())
 
 
+def _apart_by_request(
+    program: Program, predictor: Predictor, rows: tuple[NDArray[np.int32], NDArray[np.float32]]
+) -> float:
+    """How far the same rows' probabilities lie apart when they are computed as those of requests."""
+    division = divided(predictor.config.log_schema, predictor.encoder.layout, [])
+    if division is None:
+        return 0.0
+    request = np.arange(len(rows[0])) // _CANDIDATES
+    ids, dense = (each.copy() for each in rows)
+    for each, shared in zip((ids, dense), division.columns, strict=True):
+        each[:, shared] = each[request * _CANDIDATES][:, shared]
+    found, wanted = (torch.from_numpy(program(ids, dense, each)) for each in (request, None))
+    return float((torch.sigmoid(found) - torch.sigmoid(wanted)).abs().max())
+
+
 def _write_program(
     predictor: Predictor, plan: list[LookUp], to: Target, dtype: DType, device: torch.device, folder: Path
-) -> None:
-    """Writes the tables, where they lie outside, and the program. The model is used up."""
+) -> dict[str, Any] | None:
+    """Writes the tables, where they lie outside, and the program. The model is used up.
+
+    Returns:
+        The look-ups of the program over requests, where there is one.
+    """
     model = predictor.model
     weights = [weight.detach() for weight in model.tables().values()]
     body = (
@@ -208,7 +230,7 @@ def _write_program(
         rates = [label.negative_sampling_rate for label in labels]
         whole = Whole(body, plan, weights, model.tasks, predictor.calibrators, rates)
         _write_onnx(whole.eval(), ids, dense, file, predictor)
-        return
+        return None
     for each, weight in zip(plan, weights, strict=True):
         write_table(weight, folder / "tables" / each.file, each.kind)
     rows = [each.to(device) for each in Tables(folder / "tables", plan).look_up(ids)]
@@ -220,12 +242,25 @@ def _write_program(
         name = predictor.config.model.interaction["name"]
         raise UserError(f"--dtype bf16: {name} works in fp32 in part ({error}); export it in fp32") from None
     program = _exported(body, ids.to(device), dense.to(device), rows)
+    division = divided(predictor.config.log_schema, predictor.encoder.layout, plan)
+    over_requests = None
+    if division is not None:
+        first, own = (Tables(folder / "tables", each) for each in (division.first, division.own))
+        over_requests = per_request(program, division, first, own, (ids, dense), device)
+    _save(program, to, file)
+    if division is None or over_requests is None:
+        return None
+    _save(over_requests, to, folder / REQUESTS[to])
+    return division.to_json()
+
+
+def _save(program: torch.export.ExportedProgram, to: Target, file: Path) -> None:
     if to == "torch-export":
         save_portable(program, file)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
 def _exported(body: Body, ids: Tensor, dense: Tensor, rows: list[Tensor]) -> torch.export.ExportedProgram:

@@ -7,7 +7,7 @@ several types, each is written as the text that stands for it alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,9 +96,7 @@ class Columns:
         Raises:
             UserError: a column is unknown, lacking or of another length, or holds what is no value.
         """
-        for name in columns:
-            if name not in self._known and name not in self._ignored:
-                raise UserError(f"request: no feature reads {name!r}{suggest(name, self._known)}")
+        self.check_names(columns)
         lengths = {name: len(values) for name, values in columns.items()}
         rows = next(iter(lengths.values()), 0)
         for name, length in lengths.items():
@@ -119,10 +117,18 @@ class Columns:
                 )
         return pa.table(made)
 
-    def joined(
-        self, constant: Mapping[str, Any], candidates: Mapping[str, Sequence[Any]]
-    ) -> dict[str, Sequence[Any]]:
-        """The columns of one request's candidates, the constant values repeated.
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuses a column that nothing reads.
+
+        Raises:
+            UserError: names it, and the nearest that is known.
+        """
+        for name in names:
+            if name not in self._known and name not in self._ignored:
+                raise UserError(f"request: no feature reads {name!r}{suggest(name, self._known)}")
+
+    def check_sides(self, constant: Mapping[str, Any], candidates: Mapping[str, Sequence[Any]]) -> None:
+        """Refuses a request whose two sides do not fit.
 
         Raises:
             UserError: a column is in both, or there are no candidates' columns to count.
@@ -134,6 +140,16 @@ class Columns:
             )
         if not candidates:
             raise UserError("request: there are no candidates; give at least one column of theirs, if empty")
+
+    def joined(
+        self, constant: Mapping[str, Any], candidates: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Sequence[Any]]:
+        """The columns of one request's candidates, the constant values repeated.
+
+        Raises:
+            UserError: as :meth:`check_sides`.
+        """
+        self.check_sides(constant, candidates)
         first = np.zeros(len(next(iter(candidates.values()))), np.int64)
         repeated: dict[str, Sequence[Any]] = {}
         for name, value in constant.items():
@@ -163,7 +179,7 @@ def _plain(each: Input, values: list[Any]) -> pa.Array:
     array = _inferred(values)
     if array is not None and not pa.types.is_nested(array.type):
         return array
-    return pa.array([_text(each, row, value) for row, value in enumerate(values, 1)], pa.string())
+    return pa.array([text_of(each, row, value) for row, value in enumerate(values, 1)], pa.string())
 
 
 def _lists(each: Input, values: list[Any]) -> pa.Array:
@@ -179,7 +195,7 @@ def _lists(each: Input, values: list[Any]) -> pa.Array:
             value = value.split(each.delimiter) if value else None
         elif value is not None and not isinstance(value, list | tuple):
             value = [value]
-        made.append(None if value is None else [_text(each, row, element) for element in value])
+        made.append(None if value is None else [text_of(each, row, element) for element in value])
     return pa.array(made, pa.list_(pa.string()))
 
 
@@ -205,7 +221,7 @@ def is_plain(kind: pa.DataType) -> bool:
     )
 
 
-def _text(each: Input, row: int, value: Any) -> str | None:
+def text_of(each: Input, row: int, value: Any) -> str | None:
     """The text that stands for a value alone; a log's text column would hold it."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
