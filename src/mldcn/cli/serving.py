@@ -142,6 +142,10 @@ def serve(
     private_key: Annotated[Path | None, typer.Option(help="PEM file of its key")] = None,
     shutdown_delay: Annotated[float, typer.Option(min=0, help="seconds from 'not ready' to the end")] = 0.0,
     access_log: Annotated[bool, typer.Option(help="a JSON line for each request")] = True,
+    log_requests: Annotated[
+        Path | None, typer.Option(help="folder for sampled requests and their scores, for later training")
+    ] = None,
+    log_rate: Annotated[float, typer.Option(min=0, max=1, help="share of the requests logged there")] = 0.01,
     traces: Annotated[
         bool, typer.Option("--traces", help="send spans to where OTEL_EXPORTER_OTLP_ENDPOINT says")
     ] = False,
@@ -154,7 +158,7 @@ def serve(
         from mldcn.serving.calls import write_logs
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
-    from mldcn.serving.options import Batching, Limits, Options, read_token
+    from mldcn.serving.options import Batching, Limits, Options, RequestLogging, read_token
 
     write_logs(requests=access_log)
     options = Options(
@@ -174,6 +178,7 @@ def serve(
         processes=processes,
         threads=threads,
         access_log=access_log,
+        request_log=None if log_requests is None else RequestLogging(log_requests, log_rate),
         traces=traces,
     )
     server = _server(models, options)

@@ -193,7 +193,7 @@ class _Methods:
         with service.stage("decode"):
             asked = parse_infer(request, metadata.get(ROUTING_KEY), service.options.limits)
         # The caller's own gRPC deadline cancels this coroutine, and so its place in the queue.
-        served, scores = await service.infer(asked)
+        served, scores = await service.infer(asked, call.id)
         call.facts |= {"model": served.model, "version": served.label, "rows": len(scores)}
         with service.stage("answer"):
             reply = MESSAGES["ModelInferResponse"](

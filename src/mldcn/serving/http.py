@@ -170,7 +170,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
             asked, binary = await _decoded(
                 body, lambda: http_body.parse_infer(body, length, model, version, key, service.options.limits)
             )
-        served, scores = await service.infer(asked)
+        served, scores = await service.infer(asked, call.id)
         call.facts |= {"model": served.model, "version": served.label, "rows": len(scores)}
         with service.stage("answer"):
             outputs = wire.outputs_of(served.engine, scores, asked.outputs)
@@ -240,7 +240,7 @@ def _add_rank(app: FastAPI, service: Service) -> None:
             head, candidates = await _decoded(body, lambda: parsers[kind](body))
         if head.routing_key is None and (key := request.headers.get(ROUTING_KEY)) is not None:
             head = head.model_copy(update={"routing_key": key})
-        served, found = await service.rank(head, candidates)
+        served, found = await service.rank(head, candidates, call.id)
         call.facts |= {"model": served.model, "version": served.label, "rows": found.rows}
         with service.stage("answer"):
             arrow = ranking.ARROW_TYPE in request.headers.get("accept", "")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a supervising process, which computes nothing, does without
 SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 SIZES = tuple(float(2**i) for i in range(15))
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, *(i / 10 for i in range(1, 11)))
-STAGES = ("decode", "encode", "queue", "score", "answer")
+STAGES = ("decode", "encode", "queue", "look_up", "score", "answer")
 
 
 class Metrics:
@@ -44,7 +44,7 @@ class Metrics:
         stages = Histogram(
             "mldcn_stage_seconds",
             "Seconds of scoring requests by stage: decode (bytes to values), encode (values to table rows), "
-            "queue, score, answer (probabilities to bytes).",
+            "queue, look_up (rows of a bundle's tables), score, answer (probabilities to bytes).",
             ("stage",),
             buckets=SECONDS,
             registry=r,
@@ -71,6 +71,12 @@ class Metrics:
             "mldcn_model_loads",
             "Versions that were loaded, or failed to.",
             ("model", "result"),
+            registry=r,
+        )
+        self.logged = Counter(
+            "mldcn_logged_requests",
+            "Requests taken for the request log: written, or dropped as there was no_room or writing failed.",
+            ("result",),
             registry=r,
         )
         self.scores = ScoreHistogram()

@@ -54,6 +54,27 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class RequestLogging:
+    """Which requests are logged for later training, and how.
+
+    Attributes:
+        folder: for the files, in a folder by model.
+        rate: share of the requests.
+        part_rows: a file is written when it has so many rows,
+        part_seconds: or its first row is so old.
+        waiting_requests: the most requests that wait to be written; more are dropped,
+        waiting_rows: and so are those that would make more rows wait.
+    """
+
+    folder: Path
+    rate: float = 0.01
+    part_rows: int = 100_000
+    part_seconds: float = 300.0
+    waiting_requests: int = 1024
+    waiting_rows: int = 65_536
+
+
+@dataclass(frozen=True)
 class Options:
     """Everything that ``mldcn serve`` is told.
 
@@ -77,6 +98,7 @@ class Options:
         threads: of a batch's computation; None is PyTorch's choice, or with several processes the cores' even
             share.
         access_log: whether each request has its line in the log.
+        request_log: which requests are logged for later training; None logs none.
         traces: whether spans of requests are sent as OpenTelemetry's environment variables say.
     """
 
@@ -97,6 +119,7 @@ class Options:
     processes: int = 1
     threads: int | None = None
     access_log: bool = True
+    request_log: RequestLogging | None = None
     traces: bool = False
 
     @property
@@ -140,6 +163,8 @@ def check_options(options: Options) -> None:
             raise UserError(
                 f"{options.certificate}: is no PEM certificate chain that goes with {options.private_key}"
             ) from None
+    if options.request_log is not None and not 0 <= options.request_log.rate <= 1:
+        raise UserError("--log-rate: a share of the requests, from 0 to 1")
     if options.canary is not None and not 0 <= options.canary <= 1:
         raise UserError("--canary: a share of the users, from 0 to 1")
     if options.token is None and not is_loopback(options.host):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Options
 from mldcn.serving.refused import Reason, Refused, invalid
 from mldcn.serving.repository import Repository, Version
+from mldcn.serving.request_log import Asked, RequestLog
 from mldcn.serving.tracing import Trace, Tracing, current
 
 log = logging.getLogger("mldcn.serving")
@@ -83,6 +86,10 @@ class Service:
         self._scorers = ThreadPoolExecutor(options.batching.workers, "score")
         self._batcher = Batcher(options.batching, self._scorers, metrics)
         self._tracing = Tracing.from_environment() if options.traces else None
+        self._request_log = None
+        if options.request_log is not None:
+            name = f"{socket.gethostname()}-{os.getpid()}"
+            self._request_log = RequestLog(options.request_log, self._count_logged, name)
         self.stopping = False
 
     def start(self) -> None:
@@ -94,8 +101,9 @@ class Service:
         await self._batcher.stop()
         for pool in (self._encoders, self._scorers):
             pool.shutdown(wait=False, cancel_futures=True)
-        if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+        for last in (self._tracing, self._request_log):
+            if last is not None:
+                await asyncio.to_thread(last.close)
 
     @property
     def version(self) -> str:
@@ -146,8 +154,12 @@ class Service:
             if trace is not None:
                 trace.stage(name, begun, ended)
 
-    async def infer(self, request: wire.InferRequest) -> tuple[Version, Scores]:
+    async def infer(self, request: wire.InferRequest, request_id: str) -> tuple[Version, Scores]:
         """Scores the rows of a protocol's request.
+
+        Args:
+            request: the request.
+            request_id: the transport's; the request's own goes before it.
 
         Raises:
             Refused: it is not answered.
@@ -156,16 +168,25 @@ class Service:
         wire.output_names(version.engine, request.outputs)
         rows = max((tensor.shape[0] for tensor in request.tensors), default=0)
 
+        columns: dict[str, Sequence[Any]] = {}
+
         def encode() -> Rows:
-            columns = wire.columns_of(request.tensors, version.engine, self.options.limits)
+            columns.update(wire.columns_of(request.tensors, version.engine, self.options.limits))
             return version.engine.encode(columns)
 
-        return version, await self._score(version, encode, rows, request.timeout)
+        scores = await self._score(version, encode, rows, request.timeout)
+        self._log(request.id or request_id, version, Asked(columns), scores)
+        return version, scores
 
     async def rank(
-        self, request: ranking.RankHead, candidates: Mapping[str, Sequence[Any]]
+        self, request: ranking.RankHead, candidates: Mapping[str, Sequence[Any]], request_id: str
     ) -> tuple[Version, ranking.Ranked]:
         """Ranks the candidates of a request.
+
+        Args:
+            request: the request but for its candidates.
+            candidates: their values by column.
+            request_id: the transport's; the request's own goes before it.
 
         Raises:
             Refused: it is not answered.
@@ -182,6 +203,7 @@ class Service:
             return version.engine.encode_rank(constant, candidates)
 
         scores = await self._score(version, encode, rows, timeout)
+        self._log(request.id or request_id, version, Asked(candidates, constant), scores)
         return version, ranking.ranked(request, tasks, scores)
 
     def index(self) -> list[dict[str, str]]:
@@ -209,6 +231,13 @@ class Service:
         """
         self._check_control()
         await self.fleet.hide(model)
+
+    def _log(self, request_id: str, version: Version, asked: Asked, scores: Scores) -> None:
+        if self._request_log is not None and self._request_log.wants(request_id):
+            self._request_log.take(request_id, version, asked, scores)
+
+    def _count_logged(self, result: str, requests: int) -> None:
+        self.metrics.logged.labels(result).inc(requests)
 
     def _check_control(self) -> None:
         if self.options.control != "explicit":
