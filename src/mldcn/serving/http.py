@@ -15,7 +15,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mldcn.serving import http_body, ranking, wire
+from mldcn.serving import effects, http_body, pages, ranking, wire
 from mldcn.serving.calls import REQUEST_ID, ROUTING_KEY, Call, check_token
 from mldcn.serving.refused import Reason, Refused, invalid
 from mldcn.serving.repository import Version
@@ -42,7 +42,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-_FORMS = (http_body.InferForm, ranking.RankRequest)
+_FORMS = (http_body.InferForm, ranking.RankRequest, effects.EffectsRequest)
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -72,12 +72,13 @@ def build(service: Service) -> Callable[[Scope, Receive, Send], Awaitable[None]]
         title="mldcn",
         version=service.version,
         summary="Ranking models by the Open Inference Protocol, and ranking requests.",
+        docs_url=None,  # both would load scripts from elsewhere
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
     )
     _add_protocol(app, service)
     _add_repository(app, service)
     _add_rank(app, service)
+    pages.add(app)
 
     @app.get("/metrics", summary="Prometheus' metrics")
     async def metrics() -> Response:
@@ -248,6 +249,25 @@ def _add_rank(app: FastAPI, service: Service) -> None:
             made = form(head, served.model, served.label, served.engine.tasks, found)
             return Response(made, media_type=ranking.ARROW_TYPE if arrow else "application/json")
 
+    @app.post(
+        "/v1/effects",
+        summary="Ranks candidates, and tells what moved each score",
+        description="The effect of a group of features is a candidate's score less its score with the group's "
+        f"values missing. At most {effects.CANDIDATES} candidates: each is scored once more for each group.",
+        response_model=effects.EffectsAnswer,
+        responses=_ERRORS,
+        openapi_extra=_body(effects.EffectsRequest),
+    )
+    async def moved(request: Request) -> Response:
+        call = _called(request, "effects")
+        service.admit()
+        body = await http_body.read(request, limits)
+        with service.stage("decode"):
+            form = ranking.validated(effects.EffectsRequest, ranking.load_json(body))
+        served, found = await service.effects(form, ranking.columns_of(form))
+        call.facts |= {"model": served.model, "version": served.label, "rows": found.ranked.rows}
+        return answer(effects.to_answer(form, served.model, served.label, served.engine.tasks, found))
+
     @app.get("/v1/sample", summary="A ranking request that works", responses=_only(404))
     async def sample(request: Request, model: str | None = None) -> Response:
         _called(request, "sample")
@@ -322,7 +342,7 @@ class Around:
 
     def _early(self, path: str, headers: dict[str, str]) -> Refused | None:
         """Why a request is refused before anything is done for it."""
-        if path in OPEN:
+        if path in OPEN or path in pages.PATHS:
             return None
         try:
             check_token(self._service.options.token, headers.get("authorization"))

@@ -28,11 +28,13 @@ Value = Any
 Name = Annotated[str, Field(max_length=256)]
 
 
-class _Form(BaseModel):
+class RankForm(BaseModel):
+    """A part of a request or an answer; what it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class RankHead(_Form):
+class RankHead(RankForm):
     """All of a request but its candidates."""
 
     model: Name | None = Field(None, description="may be left out where one model is served")
@@ -59,7 +61,7 @@ class RankRequest(RankHead):
     )
 
 
-class RankAnswer(_Form):
+class RankAnswer(RankForm):
     """The ranking, best first; ``scores`` and ``probabilities`` are in its order."""
 
     model: str
@@ -70,7 +72,7 @@ class RankAnswer(_Form):
     probabilities: dict[str, list[float]] | None = None
 
 
-class ErrorAnswer(_Form):
+class ErrorAnswer(RankForm):
     """Why a request was refused."""
 
     error: str
@@ -93,11 +95,16 @@ def parse_json(body: bytes) -> tuple[RankHead, dict[str, Sequence[Any]]]:
         Refused: the body is none.
     """
     request = validated(RankRequest, load_json(body))
+    return request, columns_of(request)
+
+
+def columns_of(request: RankRequest) -> dict[str, Sequence[Any]]:
+    """The candidates by column."""
     candidates = request.candidates
     if isinstance(candidates, list):
         names = dict.fromkeys(name for candidate in candidates for name in candidate)
-        return request, {name: [candidate.get(name) for candidate in candidates] for name in names}
-    return request, dict(candidates)
+        return {name: [candidate.get(name) for candidate in candidates] for name in names}
+    return dict(candidates)
 
 
 def load_json(body: bytes | memoryview) -> Any:
@@ -254,6 +261,17 @@ def ranked(request: RankHead, tasks: Sequence[str], scores: Scores) -> Ranked:
     Raises:
         Refused: the objective names another task.
     """
+    values = scores.probabilities @ weights_of(request, tasks)
+    order = np.argsort(-values, kind="stable")[: request.top]
+    return Ranked(len(scores), order, values[order], scores.probabilities[order])
+
+
+def weights_of(request: RankHead, tasks: Sequence[str]) -> NDArray[np.float32]:
+    """What each task's probability counts in the score.
+
+    Raises:
+        Refused: the objective names another task.
+    """
     weights = np.zeros(len(tasks), np.float32)
     for task, weight in (request.objective or {tasks[0]: 1.0}).items():
         if task not in tasks or not np.isfinite(weight) or abs(weight) > 1e6:
@@ -262,13 +280,18 @@ def ranked(request: RankHead, tasks: Sequence[str], scores: Scores) -> Ranked:
                 f"which are {', '.join(tasks)}"
             )
         weights[list(tasks).index(task)] = weight
-    values = scores.probabilities @ weights
-    order = np.argsort(-values, kind="stable")[: request.top]
-    return Ranked(len(scores), order, values[order], scores.probabilities[order])
+    return weights
 
 
 def to_json(request: RankHead, model: str, version: str, tasks: Sequence[str], found: Ranked) -> bytes:
     """The answer as JSON."""
+    return json.dumps(answer_of(request, model, version, tasks, found), allow_nan=False).encode()
+
+
+def answer_of(
+    request: RankHead, model: str, version: str, tasks: Sequence[str], found: Ranked
+) -> dict[str, Any]:
+    """The answer as JSON knows it."""
     answer: dict[str, Any] = {
         "model": model,
         "version": version,
@@ -278,7 +301,7 @@ def to_json(request: RankHead, model: str, version: str, tasks: Sequence[str], f
     }
     if request.probabilities:
         answer["probabilities"] = {task: found.probabilities[:, i].tolist() for i, task in enumerate(tasks)}
-    return json.dumps(answer, allow_nan=False).encode()
+    return answer
 
 
 def to_arrow(request: RankHead, model: str, version: str, tasks: Sequence[str], found: Ranked) -> bytes:

@@ -29,7 +29,8 @@ def sample_request(schema: spec.Schema, encoder: Encoder, columns: Columns) -> d
             if feature.times is not None and schema.time is not None:
                 rows[feature.times] = [[0] * len(each) for each in items]
                 rows.setdefault(schema.time, [60] * CANDIDATES)
-    constant = {name: values[0] for name, values in rows.items() if name in columns.constant}
+    # Not the first candidate's, whose lists are empty.
+    constant = {name: values[CANDIDATES - 2] for name, values in rows.items() if name in columns.constant}
     if len(constant) == len(rows):
         constant = {}
     return {

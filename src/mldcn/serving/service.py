@@ -16,7 +16,7 @@ import numpy as np
 
 from mldcn import __version__
 from mldcn.errors import UserError
-from mldcn.serving import ranking, wire
+from mldcn.serving import effects, ranking, wire
 from mldcn.serving.batching import Batcher
 from mldcn.serving.engine import Rows, Scores
 from mldcn.serving.metrics import Metrics
@@ -206,6 +206,27 @@ class Service:
         self._log(request.id or request_id, version, Asked(candidates, constant), scores)
         return version, ranking.ranked(request, tasks, scores)
 
+    async def effects(
+        self, request: effects.EffectsRequest, candidates: Mapping[str, Sequence[Any]]
+    ) -> tuple[Version, effects.Effects]:
+        """Ranks the candidates of a request, and finds what moved their scores.
+
+        Raises:
+            Refused: it is not answered.
+        """
+        version = self.repository.pick(request.model, request.version, request.routing_key)
+        groups = effects.groups_of(version.engine, request.by)
+        rows, columns = effects.rows_of(request, candidates, groups, self.options.limits)
+        tasks = version.engine.tasks
+
+        def encode() -> Rows:
+            return version.engine.encode(columns)
+
+        timeout = None if request.timeout_ms is None else request.timeout_ms / 1000
+        # Rows with values left out are no traffic: they would be seen as drift.
+        scores = await self._score(version, encode, rows * (1 + len(groups)), timeout, counted=False)
+        return version, effects.effects_of(request, tasks, groups, scores, rows)
+
     def index(self) -> list[dict[str, str]]:
         """The versions that are served."""
         return [
@@ -244,7 +265,13 @@ class Service:
             raise Refused(Reason.FORBIDDEN, "callers may not load models; the server was not started for it")
 
     async def _score(
-        self, version: Version, encode: Callable[[], Rows], rows: int, timeout: float | None
+        self,
+        version: Version,
+        encode: Callable[[], Rows],
+        rows: int,
+        timeout: float | None,
+        *,
+        counted: bool = True,
     ) -> Scores:
         longest = self.options.limits.seconds
         try:
@@ -257,7 +284,8 @@ class Service:
         if not np.isfinite(scores.probabilities).all():
             log.error("model %s, version %s: a score is no number", version.model, version.label)
             raise Refused(Reason.INTERNAL, "a score is no number")
-        self.metrics.scored(version.model, version.label, version.engine.tasks, scores)
+        if counted:
+            self.metrics.scored(version.model, version.label, version.engine.tasks, scores)
         return scores
 
     async def _encoded(self, encode: Callable[[], Rows], rows: int) -> Rows:
