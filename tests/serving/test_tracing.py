@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import tritonclient.grpc as by_grpc
@@ -41,8 +42,13 @@ def traced(served_run, spans):
 
 
 def by_name(spans):
-    """The spans of one request; its own is under None."""
+    """The spans of one request; its own is under None, and ends a moment after the answer was sent."""
+    deadline = time.monotonic() + 10
     found = spans.get_finished_spans()
+    while not any(span.kind is SpanKind.SERVER for span in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        found = spans.get_finished_spans()
     spans.clear()
     return {None if span.kind is SpanKind.SERVER else span.name: span for span in found}
 

@@ -123,6 +123,9 @@ def serve(
     batch_rows: Annotated[int, typer.Option(min=1, help="a batch takes no more requests from here on")] = 512,
     batch_delay_ms: Annotated[float, typer.Option(min=0, help="a request waits so long for others")] = 1.0,
     queue_rows: Annotated[int, typer.Option(min=1, help="more may not wait: 503 at once")] = 8192,
+    latency_ms: Annotated[
+        str | None, typer.Option(help="like p99=10: cut batches and queue for it, as measured at warm-up")
+    ] = None,
     timeout_ms: Annotated[float, typer.Option(min=1, help="the longest that a request may take")] = 10_000.0,
     max_rows: Annotated[int, typer.Option(min=1, help="rows or candidates of a request")] = 10_000,
     max_body_mb: Annotated[int, typer.Option(min=1, help="of a request, unpacked")] = 16,
@@ -158,7 +161,7 @@ def serve(
         from mldcn.serving.calls import write_logs
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
-    from mldcn.serving.options import Batching, Limits, Options, RequestLogging, read_token
+    from mldcn.serving.options import Batching, Budget, Limits, Options, RequestLogging, read_token
 
     write_logs(requests=access_log)
     options = Options(
@@ -168,6 +171,7 @@ def serve(
         device=device,
         limits=Limits(body_bytes=max_body_mb << 20, rows=max_rows, seconds=timeout_ms / 1000),
         batching=Batching(batch_rows, batch_delay_ms / 1000, queue_rows, workers),
+        latency=None if latency_ms is None else Budget.parse(latency_ms),
         control=control.value,
         poll_seconds=poll_seconds,
         canary=canary,

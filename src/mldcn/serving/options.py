@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,29 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """The longest that a share of the requests may take: ``percentile`` from 0 to 100, in ``seconds``."""
+
+    percentile: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"p{self.percentile:g}={1000 * self.seconds:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``p99=10``: 99 % of the requests within 10 ms.
+
+        Raises:
+            UserError: it is not of this form.
+        """
+        found = re.fullmatch(r"p(\d{1,2}(?:\.\d+)?)=(\d+(?:\.\d+)?)", text)
+        if found is None or not float(found[1]) or not float(found[2]):
+            raise UserError(f"--latency-ms {text!r}: write the percentile and milliseconds as in p99=10")
+        return cls(float(found[1]), float(found[2]) / 1000)
+
+
+@dataclass(frozen=True)
 class RequestLogging:
     """Which requests are logged for later training, and how.
 
@@ -75,6 +99,19 @@ class RequestLogging:
 
 
 @dataclass(frozen=True)
+class TableServer:
+    """Where bundles' tables lie that are not on this machine.
+
+    Attributes:
+        url: as ``redis://host:6379/0``.
+        cache_bytes: memory for rows that were asked for last, of each bundle.
+    """
+
+    url: str
+    cache_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True)
 class Options:
     """Everything that ``mldcn serve`` is told.
 
@@ -85,6 +122,8 @@ class Options:
         device: where models compute.
         limits: what one request may be.
         batching: how requests are scored together.
+        latency: that each model's batches are cut for, by what it takes at warm-up; None leaves them as
+            ``batching`` says.
         control: when models' folders are looked at again: never (but for SIGHUP), every ``poll_seconds``, or when
             the protocol's repository calls ask for it.
         poll_seconds: between two looks.
@@ -108,6 +147,7 @@ class Options:
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
     batching: Batching = field(default_factory=Batching)
+    latency: Budget | None = None
     control: Control = "none"
     poll_seconds: float = 5.0
     canary: float | None = None

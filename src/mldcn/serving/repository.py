@@ -17,6 +17,7 @@ from pathlib import Path
 from mldcn.config import suggest
 from mldcn.errors import UserError
 from mldcn.serving.engine import Engine
+from mldcn.serving.options import Batching
 from mldcn.serving.refused import Reason, Refused
 
 log = logging.getLogger("mldcn.serving")
@@ -26,6 +27,8 @@ _MARKS = ("manifest.json", "run.json", "bundle.json")
 WARM_UP_CALLS = 3
 _REPLACEMENT_SECONDS = 0.5
 
+Tune = Callable[[str, Engine], Batching]
+
 
 @dataclass(frozen=True)
 class Version:
@@ -34,6 +37,7 @@ class Version:
     model: str
     label: str
     engine: Engine
+    batching: Batching | None = None  # where it is not as the server was told
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Repository:
         roots: names (None: the folder's) and folders.
         device: where models compute.
         canary: share of the users whom a model's newest version answers while an older one is there.
+        tune: says how a model's requests are batched, given its name and engine, once it is warm.
         changed: told ``(model, version or None, result)`` of each version that was loaded, failed or was dropped.
     """
 
@@ -129,11 +134,13 @@ class Repository:
         roots: Sequence[tuple[str | None, Path]],
         device: str = "auto",
         canary: float | None = None,
+        tune: Tune | None = None,
         changed: Callable[[str, str | None, str], None] = lambda *_: None,
     ) -> None:
         self._roots = list(roots)
         self._device = device
         self._canary = canary
+        self._tune = tune
         self._changed = changed
         self._loaded: dict[Place, tuple[tuple[object, ...], Version]] = {}
         self._prepared: dict[Place, tuple[tuple[object, ...], Version]] = {}  # not served yet
@@ -291,7 +298,7 @@ class Repository:
             return prepared
         name = self._name(place)
         try:
-            version = await asyncio.to_thread(_load, place, self._device)
+            version = await asyncio.to_thread(_load, place, self._device, self._tune)
         except Exception as error:
             if strict:
                 raise
@@ -306,14 +313,15 @@ class Repository:
         return place.model or place.path.resolve().name
 
 
-def _load(place: Place, device: str) -> Version:
+def _load(place: Place, device: str, tune: Tune | None) -> Version:
     """Loads and warms up a version; it answers its sample request before anybody else's."""
     engine = Engine.load(place.path, device)
     engine.check()
     sample = engine.sample()
     for _ in range(WARM_UP_CALLS):
         engine.rank(sample["constant"], sample["candidates"])
-    return Version(place.model or place.path.resolve().name, place.label or engine.version, engine)
+    name = place.model or place.path.resolve().name
+    return Version(name, place.label or engine.version, engine, tune and tune(name, engine))
 
 
 def share_of(model: str, routing_key: str) -> float:

@@ -9,14 +9,22 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mldcn.serving.latency import tuned
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Options, check_options
 from mldcn.serving.ports import Ports
-from mldcn.serving.repository import Repository
+from mldcn.serving.repository import Repository, Tune
 from mldcn.serving.reserved import Addresses
 from mldcn.serving.service import Fleet, Service
 
 log = logging.getLogger("mldcn.serving")
+
+
+def _tune(options: Options) -> Tune | None:
+    budget = options.latency
+    if budget is None:
+        return None
+    return lambda name, engine: tuned(name, engine, options.batching, budget)
 
 
 class Server:
@@ -34,7 +42,7 @@ class Server:
         check_options(options)
         self.options = options
         self.metrics = Metrics()
-        self.repository = Repository(roots, options.device, options.canary, self._changed)
+        self.repository = Repository(roots, options.device, options.canary, _tune(options), self._changed)
         self._fleet = fleet
         self._service: Service | None = None
         self._ports: Ports | None = None

@@ -278,7 +278,7 @@ class Service:
             async with asyncio.timeout(longest if timeout is None else min(timeout, longest)):
                 with self.stage("encode"):
                     encoded = await self._encoded(encode, rows)
-                scores = await self._batcher.score(version.engine, encoded)
+                scores = await self._batcher.score(version.engine, encoded, version.batching)
         except TimeoutError:
             raise Refused(Reason.LATE, "the deadline has passed") from None
         if not np.isfinite(scores.probabilities).all():
