@@ -24,6 +24,7 @@ from test_repository import ask, replace, small_run
 
 from mldcn.errors import UserError
 from mldcn.serving import supervisor as leading
+from mldcn.serving.aging import Aging
 from mldcn.serving.channel import Channel, ChannelClosed
 from mldcn.serving.engine import Engine
 from mldcn.serving.options import Options
@@ -379,6 +380,28 @@ def test_threads_are_shared():
     assert Options(processes=2).threads_each == max(1, cores // 2)
     assert Options(processes=1000).threads_each == 1
     assert Options(processes=2, threads=3).threads_each == 3
+
+
+def test_connections_end_after_a_while_with_a_whole_answer():
+    now, sent = [0.0], []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "headers": [(b"a", b"b")]})
+        await send({"type": "http.response.body"})
+
+    async def send(message):
+        sent.append((b"connection", b"close") in message.get("headers", []))
+
+    async def run():
+        aging = Aging(app, lambda: now[0])
+        for now[0], caller in ((0, 1), (4, 1), (4, 2), (15.1, 1), (15.2, 2), (15.3, 1), (15.4, 2)):
+            await aging({"client": ("127.0.0.1", caller)}, None, send)
+
+    asyncio.run(run())
+    closed = sent[::2]
+    assert closed[:4] == [False, False, False, True]
+    assert closed[5] is False  # a new connection from the same port
+    assert not any(sent[1::2])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from mldcn.serving import wire
+from mldcn.serving import aging, wire
 from mldcn.serving.calls import REQUEST_ID, ROUTING_KEY, Call, check_token
 from mldcn.serving.grpc_messages import MESSAGES, SERVICE
 from mldcn.serving.options import Limits
@@ -56,6 +56,7 @@ def build(service: Service, *, shared_port: bool = False) -> grpc.aio.Server:
             ("grpc.max_metadata_size", 16 << 10),
             # Otherwise a second server would take half of the requests.
             ("grpc.so_reuseport", int(shared_port)),
+            *([("grpc.max_connection_age_ms", int(1000 * aging.SECONDS))] if shared_port else []),
         ],
         maximum_concurrent_rpcs=limits.requests,
     )

@@ -11,6 +11,7 @@ import uvicorn
 
 from mldcn.errors import UserError
 from mldcn.serving import grpc_server, http
+from mldcn.serving.aging import Aging
 from mldcn.serving.options import Options
 from mldcn.serving.reserved import Addresses, addresses, bound, joined
 from mldcn.serving.service import Service
@@ -82,8 +83,9 @@ class Ports:
                 "ssl_certfile": str(self._options.certificate),
                 "ssl_keyfile": str(self._options.private_key),
             }
+        app = http.build(service)
         return uvicorn.Config(
-            http.build(service),
+            Aging(app) if self._shared else app,
             lifespan="off",
             ws="none",
             log_config=None,
