@@ -1,5 +1,7 @@
 """Runs, bundles and a server that several tests read and leave as they are."""
 
+import shutil
+
 import pytest
 from serving_cases import SIMPLE, config, make_run
 from serving_clients import serving
@@ -21,6 +23,16 @@ def small_bundle(small_run):
     """Its bundle; to be read, not changed."""
     path = small_run.path.with_name("bundle")
     export_run(Predictor.load(small_run.path, "cpu"), "torch-export", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(small_run):
+    """A bundle of it in native code, which takes long to compile; to be read, not changed."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler on this machine: AOTInductor is not tried")
+    path = small_run.path.with_name("compiled")
+    export_run(Predictor.load(small_run.path, "cpu"), "aoti", path)
     return path
 
 

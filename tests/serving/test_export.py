@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from serving_cases import SIMPLE, columns, config, log, make_run
+from serving_cases import columns, config, log, make_run
 from typer.testing import CliRunner
 
 from mldcn.cli import app
@@ -107,23 +107,21 @@ def run_documented_lines(bundle):
     assert 0 < found["click"][0] < 1
 
 
-def test_a_compiled_program_equals_the_run(tmp_path):
-    predictor, engine, _ = bundled(
-        tmp_path, config({"name": "mldcn", "rank": 4, "num_layers": 1}, SIMPLE), "aoti"
-    )
+def test_a_compiled_program_equals_the_run(small_run, compiled_bundle):
+    predictor, engine = Predictor.load(small_run.path, "cpu"), Engine.load(compiled_bundle)
     rows = log(ROWS, seed=8, unseen=True)
     expected = predictor.predict_table(rows)
     for count in (0, 1, 2, 3, 17, ROWS):
         found = engine.score(given(engine, rows.slice(0, count))).probabilities
         np.testing.assert_allclose(found, expected[:count], atol=1e-5, rtol=0)
-    facts = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    facts = json.loads((compiled_bundle / "bundle.json").read_text())
     assert facts["torch"] == torch.__version__
     from mldcn.serving.bundle import open_program
 
     with pytest.raises(UserError, match="was compiled for PyTorch 1.0, this is"):
-        open_program(tmp_path / "bundle", {**facts, "torch": "1.0"}, "cpu")
+        open_program(compiled_bundle, {**facts, "torch": "1.0"}, "cpu")
     with pytest.raises(UserError, match="was compiled for another, this machine is"):
-        open_program(tmp_path / "bundle", {**facts, "machine": "another"}, "cpu")
+        open_program(compiled_bundle, {**facts, "machine": "another"}, "cpu")
 
 
 @pytest.mark.parametrize(
