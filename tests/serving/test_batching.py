@@ -18,6 +18,8 @@ from mldcn.serving.refused import Reason, Refused
 class Echo:
     """An engine whose probabilities are the rows' ids. ``gate`` holds it up; ``batches``: sizes of its calls."""
 
+    two_steps = False
+
     def __init__(self):
         self.gate = threading.Event()
         self.gate.set()

@@ -10,7 +10,7 @@ from mldcn.errors import UserError
 from mldcn.predict import Predictor
 from mldcn.serving.engine import Engine
 from mldcn.serving.export import _exported, export_run, made_up
-from mldcn.serving.program import Body, Tables, look_ups
+from mldcn.serving.program import Body, Tables, look_ups, table_files
 from mldcn.serving.rewriting import PerRequest
 from mldcn.serving.sharing import divided
 from mldcn.serving.store import write_table
@@ -67,7 +67,9 @@ def test_a_program_over_requests_equals_the_one_over_rows(tmp_path, name):
         write_table(weight, tmp_path / each.file, "fp32")
     body = Body(predictor.model).eval().requires_grad_(False)
     division = divided(predictor.config.log_schema, predictor.encoder.layout, plan)
-    tables, first, own = (Tables(tmp_path, each) for each in (plan, division.first, division.own))
+    tables, first, own = (
+        Tables(table_files(tmp_path), each) for each in (plan, division.first, division.own)
+    )
     rows = [torch.from_numpy(each) for each in made_up(predictor.encoder.layout, 60)]
     request = torch.arange(5).repeat_interleave(torch.tensor([7, 1, 30, 2, 20]))
     heads = torch.tensor([0, 7, 8, 38, 40])

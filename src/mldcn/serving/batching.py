@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from collections import deque
-from concurrent.futures import Executor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mldcn.serving.engine import Engine, Rows, Scores
@@ -32,7 +34,8 @@ class Batcher:
     """Scores rows in batches. All methods but the scoring itself run in one event loop.
 
     A batch holds requests of one engine only, so no answer mixes versions. Requests leave the queue in the order
-    in which they came (by engine); one whose caller has gone or whose deadline has passed is not scored.
+    in which they came (by engine); one whose caller has gone or whose deadline has passed is not scored. Of an
+    engine that works in two steps, a worker looks up the rows of its next batch while it computes the one before.
 
     Args:
         options: sizes and delays.
@@ -43,6 +46,7 @@ class Batcher:
     def __init__(self, options: Batching, pool: Executor, metrics: Metrics) -> None:
         self._options = options
         self._pool = pool
+        self._look_ups = ThreadPoolExecutor(options.workers, "look-up")
         self._metrics = metrics
         self._queues: dict[Engine, deque[_Job]] = {}
         self._waiting = 0
@@ -65,6 +69,7 @@ class Batcher:
                     job.future.set_exception(Refused(Reason.NOT_READY, "the server is stopping"))
         self._queues.clear()
         self._set_waiting(0)
+        self._look_ups.shutdown(wait=False, cancel_futures=True)
 
     @property
     def waiting(self) -> int:
@@ -109,40 +114,81 @@ class Batcher:
         return await job.future
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            engine, batch = await self._take()
-            if not batch:
-                continue
-            begun = time.monotonic()
-            for job in batch:
-                self._metrics.stages["queue"].observe(begun - job.arrived)
-            try:
-                answers = await loop.run_in_executor(
-                    self._pool, engine.score_rows, [job.rows for job in batch]
-                )
-            except asyncio.CancelledError:
+        """One batch is scored while the tables' rows of the next are looked up."""
+        scoring: asyncio.Task[None] | None = None
+        batch: list[_Job] = []
+        try:
+            while True:
+                engine, batch = await self._take()
+                if not batch:
+                    continue
+                begun = time.monotonic()
                 for job in batch:
-                    job.future.cancel()
-                raise
-            except Exception as error:
-                for job in batch:
-                    if not job.future.done():
-                        job.future.set_exception(error)
-                continue
-            took = time.monotonic() - begun
-            self._metrics.stages["score"].observe(took)
-            self._metrics.batch_requests.observe(len(batch))
-            self._metrics.batch_rows.observe(sum(len(job.rows) for job in batch))
+                    self._metrics.stages["queue"].observe(begun - job.arrived)
+                    if job.trace is not None:
+                        job.trace.stage("queue", job.arrived, begun)
+                work: Callable[[], list[Scores]] | None
+                if engine.two_steps:
+                    work = await self._looked_up(engine, batch)
+                else:
+                    work = functools.partial(engine.score_rows, [job.rows for job in batch])
+                if work is None:
+                    continue
+                if scoring is not None:
+                    await scoring
+                scoring = asyncio.create_task(self._score(batch, work, time.monotonic() - begun))
+                batch = []
+                if not engine.two_steps:
+                    # The next batch is better cut when this one is done: more may wait by then.
+                    await scoring
+        except asyncio.CancelledError:
             for job in batch:
-                if job.trace is not None:
-                    job.trace.stage("queue", job.arrived, begun)
-                    job.trace.stage("score", begun, begun + took, batch_requests=len(batch))
-            speed = sum(job.weight for job in batch) / max(took, 1e-6)
-            self._rows_a_second = 0.9 * (self._rows_a_second or speed) + 0.1 * speed
-            for job, scores in zip(batch, answers, strict=True):
-                if not job.future.done():
-                    job.future.set_result(scores)
+                job.future.cancel()
+            if scoring is not None:
+                scoring.cancel()
+                await asyncio.gather(scoring, return_exceptions=True)
+            raise
+
+    async def _looked_up(self, engine: Engine, batch: list[_Job]) -> Callable[[], list[Scores]] | None:
+        """The second step of a batch; None where the first one failed."""
+        begun = time.monotonic()
+        rows = [job.rows for job in batch]
+        try:
+            work = await asyncio.get_running_loop().run_in_executor(self._look_ups, engine.look_up, rows)
+        except Exception as error:
+            _fail(batch, error)
+            return None
+        took = time.monotonic() - begun
+        self._metrics.stages["look_up"].observe(took)
+        for job in batch:
+            if job.trace is not None:
+                job.trace.stage("look_up", begun, begun + took)
+        return work
+
+    async def _score(self, batch: list[_Job], work: Callable[[], list[Scores]], prepared: float) -> None:
+        begun = time.monotonic()
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except asyncio.CancelledError:
+            for job in batch:
+                job.future.cancel()
+            raise
+        except Exception as error:
+            _fail(batch, error)
+            return
+        took = time.monotonic() - begun
+        self._metrics.stages["score"].observe(took)
+        self._metrics.batch_requests.observe(len(batch))
+        self._metrics.batch_rows.observe(sum(len(job.rows) for job in batch))
+        for job in batch:
+            if job.trace is not None:
+                job.trace.stage("score", begun, begun + took, batch_requests=len(batch))
+        # The longer of two steps that overlap says how many rows a second get through.
+        speed = sum(job.weight for job in batch) / max(took, prepared, 1e-6)
+        self._rows_a_second = 0.9 * (self._rows_a_second or speed) + 0.1 * speed
+        for job, scores in zip(batch, answers, strict=True):
+            if not job.future.done():
+                job.future.set_result(scores)
 
     async def _take(self) -> tuple[Engine, list[_Job]]:
         """The next batch: it is due when it is full or its oldest request has waited long enough."""
@@ -192,3 +238,9 @@ class Batcher:
     def _set_waiting(self, rows: int) -> None:
         self._waiting = rows
         self._metrics.queue_rows.set(rows)
+
+
+def _fail(batch: list[_Job], error: Exception) -> None:
+    for job in batch:
+        if not job.future.done():
+            job.future.set_exception(error)

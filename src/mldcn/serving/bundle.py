@@ -27,16 +27,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from mldcn import __version__
 from mldcn.config import load_config
@@ -47,7 +44,11 @@ from mldcn.files import locked, sync_file, sync_folder, write_text
 from mldcn.metrics import calibrator_from_json
 from mldcn.model import pick_device
 from mldcn.serving.engine import Engine, Program, content_version
-from mldcn.serving.program import LookUp, Tables
+from mldcn.serving.hybrid import BundleProgram, Function, PerRequestProgram
+from mldcn.serving.options import TableServer
+from mldcn.serving.program import LookUp, OpenTable, Tables, table_files
+from mldcn.serving.refused import Refused
+from mldcn.serving.transfer import Transfer
 
 FORMAT = 2
 BUNDLE = "bundle.json"
@@ -57,12 +58,6 @@ Target = Literal["aoti", "onnx", "torch-export"]
 TARGETS: tuple[Target, ...] = ("aoti", "onnx", "torch-export")
 PROGRAMS: dict[Target, str] = {"aoti": "program.pt2", "onnx": "model.onnx", "torch-export": "program.json"}
 REQUESTS: dict[Target, str] = {"aoti": "requests.pt2", "torch-export": "requests.json"}
-
-# Candidates a request from which on its share is computed apart.
-SHARED_FROM = 2
-
-# Of mldcn.serving.program.Body or mldcn.serving.rewriting.PerRequest.
-Function = Callable[..., Tensor]
 
 
 @contextlib.contextmanager
@@ -123,15 +118,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_bundle(path: Path, device: str = "auto") -> Engine:
+def open_bundle(path: Path, device: str = "auto", tables: TableServer | None = None) -> Engine:
     """The engine of a bundle that was checked and has answered its sample request.
 
+    Args:
+        path: the bundle's folder.
+        device: where to compute.
+        tables: the server that holds its tables; None reads them from the folder.
+
     Raises:
-        UserError: a file is missing or damaged, the bundle is of another version or for another machine, or its
-            answer is another than at export.
+        UserError: a file is missing or damaged, the bundle is of another version or for another machine, its
+            tables cannot be had, or its answer is another than at export.
     """
-    _verify(path)
-    facts = _read(path / BUNDLE)
+    facts = verified(path, tables=tables is None)
     calibrators = _read(path / "calibrators.json") if (path / "calibrators.json").is_file() else {}
     try:
         engine = Engine(
@@ -140,22 +139,45 @@ def open_bundle(path: Path, device: str = "auto") -> Engine:
             load_config(path / "config.yaml"),
             Encoder.load(path / "encoder", check=False),  # the manifest's checksums held
             {task: calibrator_from_json(raw) for task, raw in calibrators.items()},
-            open_program(path, facts, device),
+            open_program(path, facts, device, None if tables is None else _remote(path, facts, tables)),
             _read(path / SAMPLE),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / BUNDLE}: damaged ({error!r}); export the run again") from None
-    engine.check()
+    try:
+        engine.check()
+    except Refused as error:
+        raise UserError(f"{path}: its sample request is refused: {error}") from None
     return engine
 
 
-def open_program(path: Path, facts: dict[str, Any], device: str) -> Program:
+def _remote(path: Path, facts: dict[str, Any], server: TableServer) -> OpenTable:
+    from mldcn.serving.remote import remote_tables
+
+    plan = plan_of(facts)
+    if not plan:
+        raise UserError(
+            f"{path}: has its tables in its program, which --tables cannot replace; export the run to "
+            "torch-export or aoti"
+        )
+    return remote_tables(server, content_version(path / MANIFEST), plan)
+
+
+def plan_of(facts: dict[str, Any]) -> list[LookUp]:
+    """The look-ups of a bundle; none where the program holds the tables."""
+    return [LookUp(**each) for each in facts["look_ups"]]
+
+
+def open_program(
+    path: Path, facts: dict[str, Any], device: str, open_table: OpenTable | None = None
+) -> Program:
     """The program of a bundle, with its tables.
 
     Args:
         path: the bundle's folder.
         facts: what its ``bundle.json`` says.
         device: where to compute.
+        open_table: gives the tables; None maps the bundle's files.
 
     Raises:
         UserError: it is for another machine or another PyTorch.
@@ -171,89 +193,18 @@ def open_program(path: Path, facts: dict[str, Any], device: str) -> Program:
             return _aoti_function(path / name, facts, place)
         return _portable_function(path / name, place)
 
+    opened = open_table or table_files(path / "tables")
+
     def tables(plan: list[dict[str, Any]]) -> Tables:
-        return Tables(path / "tables", [LookUp(**each) for each in plan])
+        return Tables(opened, [LookUp(**each) for each in plan])
 
     requests = facts.get("requests")
     per_request = None
     if requests is not None:
         sides = (tables(requests["first"]), tables(requests["own"]))
         per_request = PerRequestProgram(function(REQUESTS[target]), *sides)
-    return BundleProgram(function(PROGRAMS[target]), tables(facts["look_ups"]), per_request, place)
-
-
-@dataclass(frozen=True)
-class PerRequestProgram:
-    """What computes a request's share once: the function, the look-ups of requests and those of candidates."""
-
-    function: Function
-    first: Tables
-    own: Tables
-
-
-class BundleProgram:
-    """The program of a bundle in two steps: look-ups in the tables, and the rest.
-
-    Args:
-        function: from ids, dense and rows of tables to logits.
-        tables: where the rows lie.
-        per_request: the same over requests and their candidates, where the model has features of both.
-        device: where the rest is computed.
-    """
-
-    def __init__(
-        self,
-        function: Function,
-        tables: Tables,
-        per_request: PerRequestProgram | None,
-        device: torch.device,
-    ) -> None:
-        self.function = function
-        self.tables = tables
-        self.per_request = per_request
-        self.device = device
-
-    def __call__(
-        self,
-        ids: NDArray[np.int32],
-        dense: NDArray[np.float32],
-        request: NDArray[np.int64] | None = None,
-    ) -> NDArray[np.float32]:
-        """Logits ``(N, T)``; see :class:`mldcn.serving.engine.Program`."""
-        return self.compute(self.look_up(ids, dense, request))
-
-    @torch.inference_mode()
-    def look_up(
-        self,
-        ids: NDArray[np.int32],
-        dense: NDArray[np.float32],
-        request: NDArray[np.int64] | None = None,
-    ) -> LookedUp:
-        """The first step."""
-        shared = self.per_request
-        given, numbers = torch.from_numpy(ids), torch.from_numpy(dense)
-        if shared is None or request is None or len(ids) < SHARED_FROM * (request[-1:] + 1).sum():
-            return LookedUp(self.function, (given, numbers, self.tables.look_up(given)))
-        each = torch.from_numpy(request)
-        first = torch.from_numpy(np.flatnonzero(np.diff(request, prepend=-1)))
-        heads = given.index_select(0, first), numbers.index_select(0, first)
-        rows = shared.first.look_up(heads[0]), shared.own.look_up(given)
-        return LookedUp(shared.function, (heads, (given, numbers), *rows, each))
-
-    @torch.inference_mode()
-    def compute(self, found: LookedUp) -> NDArray[np.float32]:
-        """The second step."""
-        logits = found.function(*tree_map(lambda tensor: tensor.to(self.device), found.inputs))
-        numbers: NDArray[np.float32] = logits.cpu().numpy()
-        return numbers
-
-
-@dataclass(frozen=True)
-class LookedUp:
-    """What the second step of a :class:`BundleProgram` needs of the first."""
-
-    function: Function
-    inputs: tuple[Any, ...]
+    transfer = None if place.type == "cpu" else Transfer(place)
+    return BundleProgram(function(PROGRAMS[target]), tables(facts["look_ups"]), per_request, transfer)
 
 
 def machine(device: torch.device) -> str:
@@ -306,7 +257,16 @@ def _onnx_program(file: Path) -> Program:
     return program
 
 
-def _verify(path: Path) -> None:
+def verified(path: Path, *, tables: bool = True) -> dict[str, Any]:
+    """What the ``bundle.json`` of a bundle says whose files are whole.
+
+    Args:
+        path: the bundle's folder.
+        tables: whether those of the tables must be there.
+
+    Raises:
+        UserError: one is not, or the bundle is of another version.
+    """
     manifest = _read(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
@@ -321,12 +281,15 @@ def _verify(path: Path) -> None:
         if not file.resolve().is_relative_to(path.resolve()):
             raise UserError(f"{path / MANIFEST}: names {name!r}, which lies outside; export the run again")
         if not file.is_file():
+            if not tables and name.startswith("tables/"):
+                continue
             raise UserError(f"{file}: missing from the bundle; export the run again or restore the file")
         if expected != _sums(file):
             raise UserError(f"{file}: damaged (its checksum is not the manifest's); export the run again")
     for file in path.rglob("*"):
         if file.is_file() and file != path / MANIFEST and str(file.relative_to(path)) not in files:
             raise UserError(f"{file}: is no part of the bundle; remove it")
+    return _read(path / BUNDLE)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,10 +7,11 @@ An engine computes what ``mldcn predict`` does for the same rows of a log, texts
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from mldcn.model import Ranker
 from mldcn.predict import Predictor, calibrated, unsampled
 from mldcn.run import VERSIONED, RunFolder
 from mldcn.serving.halves import halves
+from mldcn.serving.options import TableServer
 from mldcn.serving.sample import sample_request
 from mldcn.serving.values import Columns, Input
 
@@ -49,6 +51,24 @@ class Program(Protocol):
             request: ``(N,)``: rows of one number follow one another and agree in the features of user and
                 context; the first is 0, the next 1 and so on. None where that is not known.
         """
+
+
+@runtime_checkable
+class TwoSteps(Protocol):
+    """A program whose look-ups are a step of their own: it gives ``compute(look_up(...))``."""
+
+    def look_up(
+        self,
+        ids: NDArray[np.int32],
+        dense: NDArray[np.float32],
+        request: NDArray[np.int64] | None = None,
+    ) -> Any:
+        """The first step, of the same arguments as :class:`Program`."""
+        ...
+
+    def compute(self, found: Any) -> NDArray[np.float32]:
+        """The second step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -126,8 +146,13 @@ class Engine:
         self._rates = [label.negative_sampling_rate for label in config.log_schema.labels]
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto") -> Engine:
+    def load(cls, path: str | Path, device: str = "auto", tables: TableServer | None = None) -> Engine:
         """Opens a finished run's folder or a bundle's and checks it.
+
+        Args:
+            path: the folder.
+            device: where to compute.
+            tables: a server that holds the tables of the bundle.
 
         Raises:
             UserError: the folder is neither, or is damaged, unfinished or of another version.
@@ -136,9 +161,11 @@ class Engine:
         if (path / "bundle.json").is_file():
             from mldcn.serving.bundle import open_bundle
 
-            return open_bundle(path, device)
+            return open_bundle(path, device, tables)
         if not (path / VERSIONED).is_file():
             raise UserError(f"{path}: is neither a run's folder nor a bundle; 'mldcn fit' makes the former")
+        if tables is not None:
+            raise UserError(f"{path}: a run has its tables in its model; --tables needs a bundle: export it")
         return cls.of_predictor(Predictor(RunFolder.open(path), device))
 
     @classmethod
@@ -234,6 +261,19 @@ class Engine:
 
     def score_rows(self, calls: Sequence[Rows]) -> list[Scores]:
         """The second half of :meth:`score`, for several calls in one batch."""
+        return self.look_up(calls)()
+
+    @property
+    def two_steps(self) -> bool:
+        """Whether :meth:`look_up` has something to do, which another batch's computation need not wait for."""
+        return isinstance(self.program, TwoSteps)
+
+    def look_up(self, calls: Sequence[Rows]) -> Callable[[], list[Scores]]:
+        """The first step of :meth:`score_rows`; what it gives takes the second.
+
+        Raises:
+            Refused: the tables lie on another machine that does not answer.
+        """
         several = len(calls) > 1
         ids = np.concatenate([call.ids for call in calls]) if several else calls[0].ids
         dense = np.concatenate([call.dense for call in calls]) if several else calls[0].dense
@@ -243,12 +283,16 @@ class Engine:
                 np.arange(len(call)) == 0 if call.request else np.ones(len(call), bool) for call in calls
             ]
             request = np.cumsum(np.concatenate(steps)) - 1
-        scores = self._probabilities(ids, dense, request)
+        work = self._begun(ids, dense, request)
         ends = np.cumsum([len(call) for call in calls])[:-1]
-        return [
-            Scores(part, call.unseen, call.missing)
-            for part, call in zip(np.split(scores, ends), calls, strict=True)
-        ]
+
+        def finish() -> list[Scores]:
+            return [
+                Scores(part, call.unseen, call.missing)
+                for part, call in zip(np.split(work(), ends), calls, strict=True)
+            ]
+
+        return finish
 
     def sample(self) -> dict[str, Any]:
         """A request that works: ``{"constant": {...}, "candidates": {...}}``, as :meth:`rank` takes it."""
@@ -277,17 +321,29 @@ class Engine:
                 "export the run again"
             )
 
-    def _probabilities(
+    def _begun(
         self, ids: NDArray[np.int32], dense: NDArray[np.float32], request: NDArray[np.int64] | None
-    ) -> NDArray[np.float32]:
+    ) -> Callable[[], NDArray[np.float32]]:
         size = self.config.training.eval_batch_size
         parts = []
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
             among = None if request is None else request[part] - request[start]
-            parts.append(torch.sigmoid(torch.from_numpy(self.program(ids[part], dense[part], among))))
-        scores = torch.cat(parts).numpy() if parts else np.zeros((0, len(self.tasks)), np.float32)
-        return unsampled(calibrated(scores, self.tasks, self._calibrators), self._rates)
+            parts.append(self._part(ids[part], dense[part], among))
+
+        def finish() -> NDArray[np.float32]:
+            found = [torch.sigmoid(torch.from_numpy(part())) for part in parts]
+            scores = torch.cat(found).numpy() if found else np.zeros((0, len(self.tasks)), np.float32)
+            return unsampled(calibrated(scores, self.tasks, self._calibrators), self._rates)
+
+        return finish
+
+    def _part(
+        self, ids: NDArray[np.int32], dense: NDArray[np.float32], request: NDArray[np.int64] | None
+    ) -> Callable[[], NDArray[np.float32]]:
+        if isinstance(self.program, TwoSteps):
+            return partial(self.program.compute, self.program.look_up(ids, dense, request))
+        return partial(self.program, ids, dense, request)
 
     def _encoded(self, encoder: Encoder, columns: Columns, values: Mapping[str, Sequence[Any]]) -> Rows:
         parsed = parse(encoder.schema, RawBlock(columns.table(values), "request", 1), labels=False)

@@ -36,7 +36,7 @@ from mldcn.serving.bundle import (
 )
 from mldcn.serving.engine import Engine, Program
 from mldcn.serving.portable import save_portable
-from mldcn.serving.program import Body, LookUp, Tables, look_ups
+from mldcn.serving.program import Body, LookUp, Tables, look_ups, table_files
 from mldcn.serving.sharing import divided, per_request
 from mldcn.serving.store import KINDS, Kind, write_table
 from mldcn.serving.validation import AucChange, described, validation
@@ -200,7 +200,7 @@ def _apart_by_request(
     if division is None:
         return 0.0
     request = np.arange(len(rows[0])) // _CANDIDATES
-    ids, dense = (each.copy() for each in rows)
+    ids, dense = rows[0].copy(), rows[1].copy()
     for each, shared in zip((ids, dense), division.columns, strict=True):
         each[:, shared] = each[request * _CANDIDATES][:, shared]
     found, wanted = (torch.from_numpy(program(ids, dense, each)) for each in (request, None))
@@ -233,7 +233,7 @@ def _write_program(
         return None
     for each, weight in zip(plan, weights, strict=True):
         write_table(weight, folder / "tables" / each.file, each.kind)
-    rows = [each.to(device) for each in Tables(folder / "tables", plan).look_up(ids)]
+    rows = [each.to(device) for each in Tables(table_files(folder / "tables"), plan).look_up(ids)]
     try:
         body(ids.to(device), dense.to(device), rows)
     except RuntimeError as error:
@@ -245,7 +245,7 @@ def _write_program(
     division = divided(predictor.config.log_schema, predictor.encoder.layout, plan)
     over_requests = None
     if division is not None:
-        first, own = (Tables(folder / "tables", each) for each in (division.first, division.own))
+        first, own = (Tables(table_files(folder / "tables"), each) for each in (division.first, division.own))
         over_requests = per_request(program, division, first, own, (ids, dense), device)
     _save(program, to, file)
     if division is None or over_requests is None:

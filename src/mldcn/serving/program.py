@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from mldcn.embedding.sides import CrossedCodewords, FirstOrderTerms, hashed_cros
 from mldcn.embedding.tables import TableStack
 from mldcn.model import Ranker
 from mldcn.serving.store import Kind, TableFile
+from mldcn.serving.transfer import PackedRows
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,60 @@ def look_ups(model: Ranker, kind: Kind) -> list[LookUp]:
     return found
 
 
+class Table(Protocol):
+    """A table's rows by their numbers."""
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """Rows ``(B, n)`` as ``(B, n, e)`` float32."""
+        ...
+
+    def packed(self, rows: Tensor) -> Tensor:
+        """Rows ``(n,)`` as they are stored, ``(n, row_bytes)``."""
+        ...
+
+
+OpenTable = Callable[[LookUp], Table]
+
+
+def table_files(folder: Path) -> OpenTable:
+    """Maps the files of a folder into memory, each once."""
+    opened: dict[str, TableFile] = {}
+
+    def open_table(plan: LookUp) -> TableFile:
+        if plan.file not in opened:
+            opened[plan.file] = TableFile(folder / plan.file, plan.kind, plan.rows, plan.width)
+        return opened[plan.file]
+
+    return open_table
+
+
 class Tables:
     """The tables of a bundle, looked up outside of the program.
 
     Args:
-        folder: where the files lie.
+        open_table: gives the table of a look-up.
         plan: the look-ups.
     """
 
-    def __init__(self, folder: Path, plan: Sequence[LookUp]) -> None:
-        self._parts = [
-            (each, TableFile(folder / each.file, each.kind, each.rows, each.width), _Wanted(each))
-            for each in plan
+    def __init__(self, open_table: OpenTable, plan: Sequence[LookUp]) -> None:
+        self._parts = [(each, open_table(each), _Wanted(each)) for each in plan]
+
+    def look_up(self, ids: Tensor, *, packed: bool = False) -> list[Any]:
+        """Rows ``(B, n, e)`` of each table, from ids ``(B, C)``.
+
+        Args:
+            ids: encoded ids.
+            packed: give :class:`PackedRows`, as they are stored, instead of numbers.
+        """
+        return [
+            _packed(plan, table, wanted.rows(ids)) if packed else table.look_up(wanted.rows(ids))
+            for plan, table, wanted in self._parts
         ]
 
-    def look_up(self, ids: Tensor) -> list[Tensor]:
-        """Rows ``(B, n, e)`` of each file, from ids ``(B, C)``."""
-        return [file.look_up(wanted.rows(ids)) for _, file, wanted in self._parts]
+
+def _packed(plan: LookUp, table: Table, rows: Tensor) -> PackedRows:
+    data = table.packed(rows.reshape(-1))
+    return PackedRows(data.view(*rows.shape, data.shape[1]), plan.kind, plan.width)
 
 
 class _Wanted:
