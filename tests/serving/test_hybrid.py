@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from serving_cases import columns, log
 
+from mldcn.predict import Predictor
 from mldcn.serving.batching import Batcher
-from mldcn.serving.engine import Rows, Scores
+from mldcn.serving.engine import Engine, Rows, Scores
+from mldcn.serving.export import export_run
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Batching
 from mldcn.serving.refused import Reason, Refused
@@ -82,6 +85,28 @@ def test_rows_that_are_unpacked_on_the_device_are_those_of_a_look_up(tmp_path, k
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, table.look_up(rows), rtol=1e-6, atol=1e-6)
     assert packed.data.nbytes <= found.nbytes
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
+def test_a_bundles_answers_do_not_depend_on_the_way_of_its_rows(small_run, tmp_path, kind):
+    export_run(Predictor.load(small_run.path, "cpu"), "torch-export", tmp_path / "bundle", embeddings=kind)
+    engine = Engine.load(tmp_path / "bundle", "cpu")
+    assert engine.two_steps
+    values = columns(log(500, seed=4, unseen=True), [each.name for each in engine.inputs])
+    request = engine.sample()
+    calls = [engine.encode(values), engine.encode_rank(request["constant"], request["candidates"])]
+    straight = engine.score_rows(calls)
+    # As to a device that is not the CPU: packed, sent in one piece, unpacked there.
+    engine.program.transfer = Transfer(CPU)
+    sent = []
+    send = engine.program.transfer.send
+    engine.program.transfer.send = lambda tensors: (sent.append(1), send(tensors))[1]
+    both = [engine.look_up([call]) for call in calls]  # on their way at the same time
+    for work, expected in zip(both, straight, strict=True):
+        (found,) = work()
+        np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-6)
+    assert len(sent) == 2
+    assert Engine.load(small_run.path, "cpu").two_steps is False
 
 
 class TwoSteps:

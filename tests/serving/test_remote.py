@@ -13,8 +13,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from serving_cases import columns, log
+from serving_clients import serving
+from typer.testing import CliRunner
 
+from mldcn.cli import app
 from mldcn.errors import UserError
+from mldcn.serving.engine import Engine
+from mldcn.serving.options import TableServer
 from mldcn.serving.program import LookUp
 from mldcn.serving.refused import Reason, Refused
 from mldcn.serving.remote import (
@@ -258,3 +264,64 @@ def test_a_server_that_hangs_or_goes_away_refuses_in_time(tmp_path, table):
         with pytest.raises(Refused) as caught:
             there.look_up(rows + 400)
         assert (caught.value.reason, caught.value.retry_after) == (Reason.NOT_READY, 1)
+
+
+@pytest.fixture
+def tableless(small_bundle, tmp_path, redis_url):
+    """A bundle without its tables' files, which were uploaded."""
+    path = shutil.copytree(small_bundle, tmp_path / "tableless")
+    done = CliRunner().invoke(app, ["upload", str(path), "--to", redis_url])
+    assert done.exit_code == 0, done.output
+    assert "are all there" in done.output
+    shutil.rmtree(path / "tables")
+    return path
+
+
+@needs_redis
+@pytest.mark.parametrize("cache", [0, 1 << 20])
+def test_a_bundle_answers_the_same_with_its_tables_elsewhere(small_bundle, tableless, redis_url, cache):
+    here = Engine.load(small_bundle, "cpu")
+    there = Engine.load(tableless, "cpu", TableServer(redis_url, cache))
+    assert there.two_steps
+    rows = columns(log(300, seed=3, unseen=True), [each.name for each in here.inputs])
+    assert np.array_equal(there.score(rows).probabilities, here.score(rows).probabilities)
+    with pytest.raises(UserError, match="tables/table-000.bin: missing"):
+        Engine.load(tableless, "cpu")
+
+
+@needs_redis
+def test_what_has_no_tables_to_replace_is_said(small_run, tableless, redis_url):
+    with pytest.raises(UserError, match="a run has its tables in its model; --tables needs a bundle"):
+        Engine.load(small_run.path, "cpu", TableServer(redis_url))
+    done = CliRunner().invoke(app, ["upload", str(tableless), "--to", redis_url])
+    assert "tables/table-000.bin: missing" in str(done.exception)
+    done = CliRunner().invoke(app, ["upload", str(tableless), "--to", redis_url, "--remove"])
+    assert done.exit_code == 0, done.output
+    with pytest.raises(UserError, match="does not hold the tables of this bundle"):
+        Engine.load(tableless, "cpu", TableServer(redis_url))
+
+
+@needs_redis
+def test_a_server_refuses_while_its_tables_cannot_be_had(small_bundle, tmp_path):
+    import signal
+
+    with redis_server(tmp_path) as (url, process):
+        CliRunner().invoke(app, ["upload", str(small_bundle), "--to", url], catch_exceptions=False)
+        # Without a cache every request needs the tables.
+        with serving(small_bundle, tables=TableServer(url, 0)) as running:
+            request = running.client.get("/v1/sample").json()
+            expected = running.client.post("/v1/rank", json=request)
+            assert expected.status_code == 200
+            process.send_signal(signal.SIGSTOP)
+            refused = running.client.post("/v1/rank", json=request)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert "the tables' server does not answer" in refused.json()["error"]
+            assert "127.0.0.1" not in refused.text
+            process.send_signal(signal.SIGCONT)
+            again = running.client.post("/v1/rank", json=request)
+            assert again.json()["scores"] == expected.json()["scores"]
+            process.kill()
+            process.wait()
+            assert running.client.post("/v1/rank", json=request).status_code == 503
+            assert running.client.get("/v2/health/live").status_code == 200

@@ -80,6 +80,7 @@ for command in (
     runs.evaluate,
     runs.predict,
     serving.export,
+    serving.upload,
     serving.serve,
     loadtest.loadtest,
     studies.compare,

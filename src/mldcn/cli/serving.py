@@ -98,6 +98,45 @@ def export(
     )
 
 
+def upload(
+    bundle: Annotated[Path, typer.Argument(help="what 'mldcn export' wrote", show_default=False)],
+    to: Annotated[
+        str, typer.Option(envvar="MLDCN_TABLES", help="the server: redis://HOST:6379/0, rediss:// for TLS")
+    ],
+    remove: Annotated[bool, typer.Option("--remove", help="remove them from there instead")] = False,
+) -> None:
+    """Writes a bundle's tables to a Redis server, for 'mldcn serve --tables'; again, to go on after a break.
+
+    Example: mldcn upload bundles/mldcn --to redis://tables.internal/
+    """
+    from mldcn.console import out as screen
+    from mldcn.serving.bundle import MANIFEST, plan_of, verified
+    from mldcn.serving.engine import content_version
+    from mldcn.serving.remote import remove_tables, upload_tables
+
+    facts = verified(bundle, tables=not remove)
+    plan, version = plan_of(facts), content_version(bundle / MANIFEST)
+    if not plan:
+        raise UserError(f"{bundle}: has its tables in its program; export the run to torch-export or aoti")
+    if remove:
+        remove_tables(version, plan, to)
+        screen.print(f"removed the tables of {bundle}, version {version}", markup=False)
+        return
+    with screen.status("") as status:
+        written = upload_tables(
+            bundle / "tables",
+            version,
+            plan,
+            to,
+            lambda done, total: status.update(f"{done >> 20:,} of {total >> 20:,} MiB"),
+        )
+    screen.print(
+        f"wrote {written:,} bytes; the tables of {bundle}, version {version}, are all there\n"
+        f"next:\n  MLDCN_TABLES=... mldcn serve {bundle}  # which needs no tables/ any more",
+        markup=False,
+    )
+
+
 def serve(
     models: Annotated[
         list[str],
@@ -113,6 +152,13 @@ def serve(
         int, typer.Option(min=-1, max=65535, help="0 takes a free one, -1 is no gRPC")
     ] = 8001,
     device: Annotated[str, typer.Option(help="where to compute")] = "auto",
+    tables: Annotated[
+        str | None,
+        typer.Option(envvar="MLDCN_TABLES", help="redis://HOST/ that 'mldcn upload' wrote the tables to"),
+    ] = None,
+    tables_cache_mb: Annotated[
+        int, typer.Option(min=0, help="with --tables: memory for the rows asked for last")
+    ] = 256,
     processes: Annotated[
         int, typer.Option(min=1, help="that answer at the same ports, each with its own queue")
     ] = 1,
@@ -161,7 +207,15 @@ def serve(
         from mldcn.serving.calls import write_logs
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
-    from mldcn.serving.options import Batching, Budget, Limits, Options, RequestLogging, read_token
+    from mldcn.serving.options import (
+        Batching,
+        Budget,
+        Limits,
+        Options,
+        RequestLogging,
+        TableServer,
+        read_token,
+    )
 
     write_logs(requests=access_log)
     options = Options(
@@ -169,6 +223,7 @@ def serve(
         http_port=port,
         grpc_port=None if grpc_port < 0 else grpc_port,
         device=device,
+        tables=None if tables is None else TableServer(tables, tables_cache_mb << 20),
         limits=Limits(body_bytes=max_body_mb << 20, rows=max_rows, seconds=timeout_ms / 1000),
         batching=Batching(batch_rows, batch_delay_ms / 1000, queue_rows, workers),
         latency=None if latency_ms is None else Budget.parse(latency_ms),

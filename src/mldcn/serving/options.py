@@ -138,6 +138,7 @@ class Options:
             share.
         access_log: whether each request has its line in the log.
         request_log: which requests are logged for later training; None logs none.
+        tables: the server that holds the bundles' tables; None reads those of their folders.
         traces: whether spans of requests are sent as OpenTelemetry's environment variables say.
     """
 
@@ -156,6 +157,7 @@ class Options:
     private_key: Path | None = None
     shutdown_delay: float = 0.0
     drain_seconds: float = 30.0
+    tables: TableServer | None = None
     processes: int = 1
     threads: int | None = None
     access_log: bool = True

@@ -17,7 +17,7 @@ from pathlib import Path
 from mldcn.config import suggest
 from mldcn.errors import UserError
 from mldcn.serving.engine import Engine
-from mldcn.serving.options import Batching
+from mldcn.serving.options import Batching, TableServer
 from mldcn.serving.refused import Reason, Refused
 
 log = logging.getLogger("mldcn.serving")
@@ -127,6 +127,7 @@ class Repository:
         canary: share of the users whom a model's newest version answers while an older one is there.
         tune: says how a model's requests are batched, given its name and engine, once it is warm.
         changed: told ``(model, version or None, result)`` of each version that was loaded, failed or was dropped.
+        tables: the server that holds the bundles' tables; None reads those of their folders.
     """
 
     def __init__(
@@ -136,9 +137,11 @@ class Repository:
         canary: float | None = None,
         tune: Tune | None = None,
         changed: Callable[[str, str | None, str], None] = lambda *_: None,
+        tables: TableServer | None = None,
     ) -> None:
         self._roots = list(roots)
         self._device = device
+        self._tables = tables
         self._canary = canary
         self._tune = tune
         self._changed = changed
@@ -298,7 +301,7 @@ class Repository:
             return prepared
         name = self._name(place)
         try:
-            version = await asyncio.to_thread(_load, place, self._device, self._tune)
+            version = await asyncio.to_thread(_load, place, self._device, self._tune, self._tables)
         except Exception as error:
             if strict:
                 raise
@@ -313,9 +316,9 @@ class Repository:
         return place.model or place.path.resolve().name
 
 
-def _load(place: Place, device: str, tune: Tune | None) -> Version:
+def _load(place: Place, device: str, tune: Tune | None, tables: TableServer | None) -> Version:
     """Loads and warms up a version; it answers its sample request before anybody else's."""
-    engine = Engine.load(place.path, device)
+    engine = Engine.load(place.path, device, tables)
     engine.check()
     sample = engine.sample()
     for _ in range(WARM_UP_CALLS):

@@ -42,7 +42,9 @@ class Server:
         check_options(options)
         self.options = options
         self.metrics = Metrics()
-        self.repository = Repository(roots, options.device, options.canary, _tune(options), self._changed)
+        self.repository = Repository(
+            roots, options.device, options.canary, _tune(options), self._changed, options.tables
+        )
         self._fleet = fleet
         self._service: Service | None = None
         self._ports: Ports | None = None
