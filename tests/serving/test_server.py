@@ -122,6 +122,44 @@ def test_a_full_queue_refuses_at_once_in_both_transports(served_run, engine, val
         assert running.metric("mldcn_refused_total", reason="busy") == 2
 
 
+def test_requests_that_come_together_are_refused_when_reading_the_others_takes_too_long(
+    served_run, engine, values
+):
+    with serving(served_run, batching=Batching(lag=0.1)) as running:
+        engine = running.server.repository.models["ads"][0].engine
+        encode = engine.encode
+        first, all_sent = threading.Event(), threading.Event()
+
+        def slow(columns):
+            if not first.is_set():
+                first.set()
+                assert all_sent.wait(20)  # holds up the event loop, so that the others come together
+            time.sleep(0.06)
+            return encode(columns)
+
+        engine.encode = slow
+        host, port = running.host.split(":")
+        inputs = [
+            {"name": name, "shape": [2], "datatype": "BYTES", "data": column}
+            for name, column in texts(values).items()
+        ]
+        body = json.dumps({"inputs": inputs}).encode()
+        head = f"POST /v2/models/ads/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        callers = [socket.create_connection((host, int(port)), timeout=20) for _ in range(12)]
+        time.sleep(0.2)  # all are accepted
+        callers[0].sendall(head.encode() + body)
+        assert first.wait(20)
+        for caller in callers[1:]:
+            caller.sendall(head.encode() + body)
+        all_sent.set()
+        statuses = [caller.recv(1 << 16).split()[1] for caller in callers]
+        for caller in callers:
+            caller.close()
+        assert set(statuses) == {b"200", b"503"}
+        assert 2 <= statuses.count(b"200") <= 6
+        assert ask(running.client, values).status_code == 200
+
+
 def await_metric(running, line, value):
     deadline = time.monotonic() + 20
     while running.metric(line) != value:

@@ -2,8 +2,9 @@
 
 A request that comes while a batch is scored waits for it, and is then scored in the next one, as the queue has
 room for one batch and no more: with ``S(b)`` for a batch of ``b`` rows and ``R(b)`` for reading and answering a
-request of so many, it has its answer after ``R(b) + 2 S(b)``. An engine that looks up one batch while it computes
-another holds one batch more. The largest ``b`` that fits is taken, since larger batches cost less a row.
+request of so many, and two others read before it, it has its answer after ``3 R(b) + 2 S(b)``. An engine that
+looks up one batch while it computes another holds one batch more. The largest ``b`` that fits is taken, since
+larger batches cost less a row.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mldcn.serving.options import Batching, Budget
 
 log = logging.getLogger("mldcn.serving")
 
+READ_BEFORE = 2  # requests whose reading fits the budget beside a request's own; others are refused unread
 SIZES = tuple(2**i for i in range(13))
 _SECONDS_EACH = 0.7  # of measuring a size,
 _FEWEST = 20  # but never fewer calls
@@ -90,7 +92,8 @@ def pick(
     while sizes:
         rows = sizes.pop(0)
         took = taken(rows)
-        expected = took.reading + held * took.scoring
+        # Others may be read before it.
+        expected = (1 + READ_BEFORE) * took.reading + held * took.scoring
         if expected > budget.seconds:
             if found is None:
                 raise UserError(
@@ -104,7 +107,10 @@ def pick(
             continue
         # While a batch is scored the next one waits anyway; the delay only matters to a worker that is idle.
         delay = min(batching.delay, budget.seconds - took.reading - took.scoring)
-        found = replace(batching, rows=rows, delay=delay, queue_rows=rows * batching.workers), expected
+        # It may come in the middle of others' reading, and then again be behind some.
+        lag = (budget.seconds - took.reading - held * took.scoring) / 2
+        limits = replace(batching, rows=rows, delay=delay, queue_rows=rows * batching.workers, lag=lag)
+        found = limits, expected
     assert found is not None
     return found
 

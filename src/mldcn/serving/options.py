@@ -46,12 +46,14 @@ class Batching:
         delay: seconds that a request waits for others while there is room in its batch.
         queue_rows: a request that would make more rows wait than this is refused at once.
         workers: batches that are scored at the same time.
+        lag: seconds of reading other requests that came together with one, past which it is refused unread.
     """
 
     rows: int = 512
     delay: float = 0.001
     queue_rows: int = 8192
     workers: int = 1
+    lag: float = 0.5
 
 
 @dataclass(frozen=True)

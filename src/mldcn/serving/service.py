@@ -90,6 +90,7 @@ class Service:
         if options.request_log is not None:
             name = f"{socket.gethostname()}-{os.getpid()}"
             self._request_log = RequestLog(options.request_log, self._count_logged, name)
+        self._round: float | None = None
         self.stopping = False
 
     def start(self) -> None:
@@ -129,9 +130,27 @@ class Service:
         return self.ready
 
     def admit(self) -> None:
-        """Refuses a request at once when too many wait, before its body is read into values."""
+        """Refuses a request at once when too many wait, before its body is read into values.
+
+        Those that wait to be read are in no queue of ours: they came together, in one round of the event loop, and
+        the last of them would wait until all others are read. The time since the round's first one tells.
+        """
         self.check_ready()
+        now = time.monotonic()
+        if self._round is None:
+            self._round = now
+            asyncio.get_running_loop().call_soon(self._end_round)
+        elif now - self._round > min(self._lags(), default=self.options.batching.lag):
+            raise Refused(Reason.BUSY, "too many requests wait already; try again later", 1)
         self._batcher.admit(1)
+
+    def _end_round(self) -> None:
+        self._round = None
+
+    def _lags(self) -> Iterator[float]:
+        for versions in self.repository.models.values():
+            for version in versions:
+                yield (version.batching or self.options.batching).lag
 
     def trace(self, headers: Mapping[str, str]) -> Trace | None:
         """Begins the span of the request that this task answers, where spans are made."""
