@@ -11,7 +11,7 @@ from mldcn.predict import Predictor
 from mldcn.serving.engine import Engine
 from mldcn.serving.export import _exported, export_run, made_up
 from mldcn.serving.program import Body, Tables, look_ups, table_files
-from mldcn.serving.rewriting import PerRequest
+from mldcn.serving.rewriting import PerRequest, Rewritten
 from mldcn.serving.sharing import divided
 from mldcn.serving.store import write_table
 
@@ -76,7 +76,10 @@ def test_a_program_over_requests_equals_the_one_over_rows(tmp_path, name):
     for each, shared in zip(rows, division.columns[:2], strict=True):
         each[:, shared] = each[heads][request][:, shared]
     expected = body(*rows, tables.look_up(rows[0]))
-    program = PerRequest(_exported(body, *rows, tables.look_up(rows[0])), division.columns)
+    exported = _exported(body, *rows, tables.look_up(rows[0]))
+    over_rows = Rewritten(exported)(*rows, tables.look_up(rows[0]))
+    torch.testing.assert_close(over_rows, expected, atol=1e-5, rtol=0)
+    program = PerRequest(exported, division.columns)
     inputs = (
         [each[heads] for each in rows],
         rows,
@@ -251,7 +254,6 @@ def test_bf16_and_int8_bundles_answer_requests(tmp_path):
     run, engine = bundled(
         tmp_path, {"name": "mldcn_plain", "rank": 4}, "layer", SIMPLE, dtype="bf16", embeddings="int8"
     )
-    request = engine.sample()
-    found = engine.rank(request["constant"], request["candidates"]).probabilities
-    expected = run.rank(request["constant"], request["candidates"]).probabilities
+    request = asked(engine, log(60, seed=4))
+    found, expected = (each.rank(*request).probabilities for each in (engine, run))
     assert np.abs(found - expected).max() < 0.1

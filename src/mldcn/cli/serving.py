@@ -66,6 +66,10 @@ def export(
     max_auc_loss: Annotated[
         float | None, typer.Option(help="refuse an export that may cost more, with --validation")
     ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="cut the cross layers' rank to it, with --validation and --max-auc-loss"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the bundle if it is there")] = False,
 ) -> None:
     """Writes a run as a bundle for serving: preprocessing, tables and a program that needs no training code.
@@ -88,11 +92,13 @@ def export(
         overwrite=force,
         validation_log=validation,
         max_auc_loss=max_auc_loss,
+        max_rank=max_rank,
     )
     screen.print(
         f"wrote {target}: {sum(made.sizes.values()):,} bytes in {len(made.sizes)} files\n"
         f"its probabilities differ from the run's by at most {made.difference:.2g} on {made.rows:,} made-up rows\n"
         + "".join(f"{line}\n" for line in described(made.auc))
+        + (f"FLOPs of the cross layers per row: {made.cut[0]:,} cut to {made.cut[1]:,}\n" if made.cut else "")
         + f"next:\n  mldcn serve {target}",
         markup=False,
     )

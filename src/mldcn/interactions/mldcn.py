@@ -136,10 +136,18 @@ class MLDCNLayer(nn.Module):
 
     def forward(self, x0: Tensor, x: Tensor) -> Tensor:
         """``x0 (B, d)``, the network's input, and ``x (B, d)``, the layer's, to ``(B, d)``."""
-        low = self.down(x)  # (B, r)
+        return self.crossed(x0, x, self.masked(x0, x))
+
+    def masked(self, x0: Tensor, x: Tensor) -> Tensor:
+        """The layer's input in the low-rank space, masked: ``(B, r)``."""
+        low: Tensor = self.down(x)
         if self.mask is not None:
             reads = {"x": x, "projected": low, "x0": x0}[self.mask_input]
             low = low * self.mask(reads)
+        return low
+
+    def crossed(self, x0: Tensor, x: Tensor, low: Tensor) -> Tensor:
+        """The layer's output from there."""
         branch = x0 * F.linear(low, self.up.weight, self.up.bias if self.bias_inside else None)  # (B, d)
         if not self.bias_inside:
             branch = branch + self.up.bias

@@ -37,7 +37,8 @@ from mldcn.serving.bundle import (
 from mldcn.serving.engine import Engine, Program
 from mldcn.serving.portable import save_portable
 from mldcn.serving.program import Body, LookUp, Tables, look_ups, table_files
-from mldcn.serving.sharing import divided, per_request
+from mldcn.serving.ranks import cut_ranks
+from mldcn.serving.sharing import divided, merged, per_request
 from mldcn.serving.store import KINDS, Kind, write_table
 from mldcn.serving.validation import AucChange, described, validation
 from mldcn.serving.whole import Whole
@@ -62,6 +63,7 @@ class Exported:
         difference: the largest between its probabilities and the run's, before calibration, on made-up rows.
         rows: how many these were.
         auc: how its AUC differs from the run's, by task, where a validation log was given.
+        cut: FLOPs of the cross layers per row, before and after, where ``max_rank`` was given.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Exported:
     difference: float
     rows: int
     auc: AucChange = field(default_factory=dict)
+    cut: tuple[int, int] | None = None
 
 
 def export_run(
@@ -82,6 +85,7 @@ def export_run(
     overwrite: bool = False,
     validation_log: Sequence[Path] = (),
     max_auc_loss: float | None = None,
+    max_rank: int | None = None,
 ) -> Exported:
     """Writes the bundle of a run. Its model is used up.
 
@@ -97,12 +101,17 @@ def export_run(
         validation_log: files with labels, on which the program's AUC is compared with the run's.
         max_auc_loss: refuse a program whose AUC may be lower by more, of any task: one whose difference has a
             95 % interval that goes beyond.
+        max_rank: of the cross layers, cut to it where that makes them cheaper; wants both of the above.
 
     Raises:
         UserError: the model cannot be exported so, or its program computes something else, or too little.
     """
     if max_auc_loss is not None and not (validation_log and max_auc_loss > 0):
         raise UserError("--max-auc-loss: a number above 0, with a log to measure it on as --validation")
+    if max_rank is not None and max_auc_loss is None:
+        raise UserError(
+            f"--max-rank {max_rank}: say what it may cost: --max-auc-loss, measured on a log as --validation"
+        )
     if to == "onnx" and dtype == "bf16":
         raise UserError("--dtype bf16: ONNX Runtime has no bf16 matrix products on a CPU; export to aoti")
     if embeddings not in KINDS:
@@ -119,6 +128,8 @@ def export_run(
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(validation(predictor, validation_log)) if validation_log else None
         # From here on the model is changed.
+        cut = None if max_rank is None else cut_ranks(predictor.model, max_rank)
+        meant = expected if cut is None else engine.program(*compared)
         folder = stack.enter_context(new_bundle(out, overwrite=overwrite))
         plan = look_ups(predictor.model, embeddings)
         facts: dict[str, Any] = {
@@ -133,6 +144,7 @@ def export_run(
             "mldcn": __version__,
             "torch": torch.__version__,
             "opset": OPSET if to == "onnx" else None,
+            "max_rank": max_rank,
             "look_ups": [each.to_json() for each in plan] if to != "onnx" else [],
         }
         write_text(folder / "config.yaml", dump_config(predictor.config))
@@ -142,10 +154,11 @@ def export_run(
             write_json(folder / "calibrators.json", saved)
         facts["requests"] = _write_program(predictor, plan, to, dtype, place, folder)
         program = open_program(folder, facts, str(place))
-        difference = max(_apart(program, compared, expected), _apart_by_request(program, predictor, compared))
-        if dtype == embeddings == "fp32" and not difference <= _TOLERANCE["fp32"]:
+        wrong = max(_apart(program, compared, meant), _apart_by_request(program, predictor, compared))
+        difference = wrong if cut is None else _apart(program, compared, expected)
+        if dtype == embeddings == "fp32" and not wrong <= _TOLERANCE["fp32"]:
             raise UserError(
-                f"the exported program's probabilities differ from the run's by up to {difference:.2g}; please "
+                f"the exported program's probabilities differ from the run's by up to {wrong:.2g}; please "
                 "report the model's config, and serve the run's own folder"
             )
         change = {} if judge is None else judge.auc_change(program)
@@ -163,7 +176,7 @@ def export_run(
     sizes = {
         str(file.relative_to(out)): file.stat().st_size for file in sorted(out.rglob("*")) if file.is_file()
     }
-    return Exported(out, sizes, difference, _COMPARED_ROWS, change)
+    return Exported(out, sizes, difference, _COMPARED_ROWS, change, cut)
 
 
 def _accept(change: AucChange, most: float | None) -> None:
@@ -247,6 +260,8 @@ def _write_program(
     if division is not None:
         first, own = (Tables(table_files(folder / "tables"), each) for each in (division.first, division.own))
         over_requests = per_request(program, division, first, own, (ids, dense), device)
+    if to == "aoti":
+        program = merged(program, ids.to(device), dense.to(device), rows)
     _save(program, to, file)
     if division is None or over_requests is None:
         return None

@@ -17,8 +17,8 @@ from torch import Tensor
 from mldcn.serving.program import Tables
 from mldcn.serving.transfer import Transfer
 
-# Candidates a request from which on its share is computed apart.
-SHARED_FROM = 2
+# Candidates more than requests from which on it pays to compute what requests share apart.
+SHARED_FROM = 32
 
 # Of mldcn.serving.program.Body or mldcn.serving.rewriting.PerRequest.
 Function = Callable[..., Tensor]
@@ -79,7 +79,7 @@ class BundleProgram:
         shared = self.per_request
         packed = self.transfer is not None  # the device unpacks rows of fewer bytes
         given, numbers = torch.from_numpy(ids), torch.from_numpy(dense)
-        if shared is None or request is None or len(ids) < SHARED_FROM * (request[-1:] + 1).sum():
+        if shared is None or request is None or len(ids) - (request[-1:] + 1).sum() < SHARED_FROM:
             return self._sent(self.function, (given, numbers, self.tables.look_up(given, packed=packed)))
         each = torch.from_numpy(request)
         first = torch.from_numpy(np.flatnonzero(np.diff(request, prepend=-1)))

@@ -27,7 +27,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 aten = torch.ops.aten
 
@@ -138,18 +137,16 @@ class Size:
     rows: Any
 
 
-class PerRequest(nn.Module):
-    """A program over requests and their candidates.
+class Rewritten(nn.Module):
+    """A program whose linear maps of one input are one product, their weights laid out for it.
 
     Args:
         program: takes ids ``(B, C)``, dense ``(B, D)`` and a list of rows ``(B, n, e)``, gives ``(B, T)``.
-        shared: for each of these inputs, which columns are the same for all candidates of a request.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram, shared: Sequence[Sequence[bool]]) -> None:
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__()
         self.graph = program.graph_module.graph
-        self.shared = shared
         signature = program.graph_signature
         held = dict(program.state_dict) | dict(program.constants)
         names = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
@@ -160,7 +157,43 @@ class PerRequest(nn.Module):
             node for node in self.graph.nodes if node.op == "placeholder" and node not in self.weights
         ]
 
-    def forward(
+    def forward(self, ids: Tensor, dense: Tensor, rows: list[Tensor]) -> Tensor:
+        """What the program gives, ``(B, T)``."""
+        walk = _Walk(self, None, Size(ids.shape[0], ids.shape[0]))
+        for node, each in zip(self.inputs, (ids, dense, *rows), strict=True):
+            walk.found[node] = Value((Part(each, False),), node)
+        return walk.result()
+
+    def weight(self, node: fx.Node) -> Tensor:
+        """A weight of the program, or what it computes from weights alone."""
+        if node in self.weights:
+            return self._held[node.name]
+        assert callable(node.target)
+        with torch.no_grad():
+            found: Tensor = node.target(*fx.map_arg(node.args, self.weight), **node.kwargs)
+        return found
+
+    def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that depends on no input; made once and kept among the buffers."""
+        if name not in self._buffers:
+            self.register_buffer(name, make().contiguous())
+        found: Tensor = getattr(self, name)
+        return found
+
+
+class PerRequest(Rewritten):
+    """A program over requests and their candidates.
+
+    Args:
+        program: as that of :class:`Rewritten`.
+        shared: for each of its inputs, which columns are the same for all candidates of a request.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram, shared: Sequence[Sequence[bool]]) -> None:
+        super().__init__(program)
+        self.shared = shared
+
+    def forward(  # type: ignore[override]
         self,
         first: tuple[Tensor, Tensor],
         own: tuple[Tensor, Tensor],
@@ -186,22 +219,6 @@ class PerRequest(nn.Module):
             walk.found[node] = Value(_runs(flags, a, b, whole=False), node)
         return walk.result()
 
-    def weight(self, node: fx.Node) -> Tensor:
-        """A weight of the program, or what it computes from weights alone."""
-        if node in self.weights:
-            return self._held[node.name]
-        assert callable(node.target)
-        with torch.no_grad():
-            found: Tensor = node.target(*fx.map_arg(node.args, self.weight), **node.kwargs)
-        return found
-
-    def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that depends on no input; made once and kept among the buffers."""
-        if name not in self._buffers:
-            self.register_buffer(name, make().contiguous())
-        found: Tensor = getattr(self, name)
-        return found
-
 
 def _runs(
     flags: Sequence[bool], first: Tensor | None, own: Tensor | None, *, whole: bool
@@ -220,9 +237,9 @@ def _runs(
 
 
 class _Walk:
-    """One call of a :class:`PerRequest`."""
+    """One call of a :class:`Rewritten`; without ``request`` nothing is shared."""
 
-    def __init__(self, program: PerRequest, request: Tensor, batch: Size) -> None:
+    def __init__(self, program: Rewritten, request: Tensor | None, batch: Size) -> None:
         self.program = program
         self.request = request
         self.batch = batch
@@ -288,7 +305,9 @@ class _Walk:
             return Weight(node)
         if target is operator.getitem and isinstance(inputs[0], list):
             return replace(inputs[0][cast(int, node.args[1])], node=node)
-        if all(isinstance(each, Weight | Size) or _is_shared(each) for each in inputs):
+        if self.request is not None and all(
+            isinstance(each, Weight | Size) or _is_shared(each) for each in inputs
+        ):
             return self._wrapped(node, self._called(node, self._first), shared=True)
         made = self._rules[target](node) if target in self._rules else None
         return made if made is not None else self._wrapped(node, self.rows(node), shared=False)
@@ -323,7 +342,7 @@ class _Walk:
         return self.program.constant(f"w_{node.name}", lambda: self.program.weight(node))
 
     def _repeated(self, part: Part) -> Tensor:
-        return part.tensor.index_select(0, self.request) if part.shared else part.tensor
+        return part.tensor.index_select(0, cast(Tensor, self.request)) if part.shared else part.tensor
 
     def _by_rows(self, value: Value) -> bool:
         """Whether the first dimension of a value's parts is the batch, and no other depends on it."""
@@ -474,20 +493,20 @@ class _Walk:
         """A linear map by blocks, one product for all those of the same input."""
         source = node.all_input_nodes[0]
         found = self.found[source]
-        if not isinstance(found, Normed):
-            value = self._mixed(node)
-            if value is None or not self._has_weights(node):
-                return None
-            if value.rank > 2:
-                return self._each(node, value)
-        elif not self._has_weights(node):
+        if not isinstance(found, Value | Normed) or not self._has_weights(node):
             return None
+        if isinstance(found, Value) and found.rank != 2:
+            return self._each(node, found) if found.mixed else None
         if node not in self._products:
             alike = [each for each in source.users if each.target is node.target and each.args[0] is source]
-            alike = [each for each in alike if self._has_weights(each)]
-            blocks = _Blocks(self, alike)
-            product = blocks.normed(found) if isinstance(found, Normed) else blocks.plain(found)
-            self._products |= zip(alike, torch.split(product, blocks.widths, dim=1), strict=True)
+            blocks = _Blocks(self, [each for each in alike if self._has_weights(each)])
+            if isinstance(found, Normed):
+                products = blocks.normed(found)
+            elif found.mixed:
+                products = blocks.plain(found)
+            else:
+                products = blocks.whole(self.rows(source))
+            self._products |= zip(blocks.nodes, products, strict=True)
         return Value((Part(self._products[node], False),), node)
 
     def _has_weights(self, node: fx.Node) -> bool:
@@ -507,19 +526,27 @@ class _Blocks:
         self.nodes = nodes
         self.widths = [int(node.meta["val"].shape[1]) for node in nodes]
 
-    def plain(self, value: Value) -> Tensor:
+    def whole(self, x: Tensor) -> list[Tensor]:
+        """``W x + b`` of rows of which nothing is shared."""
+        products = self._cut(torch.mm(x, self._constant("whole", lambda: self._weight().t())))
+        return [
+            product if bias is None else product + self._constant(f"bias_{i}", lambda: bias)  # noqa: B023
+            for i, (product, bias) in enumerate(zip(products, self._biases(), strict=True))
+        ]
+
+    def plain(self, value: Value) -> list[Tensor]:
         """``W x + b`` for the candidates."""
         shared, own = (self._columns(value, shared=side) for side in (True, False))
-        first = functional.linear(
-            value.joined(shared=True),
-            self._constant("shared", lambda: self._weight()[:, shared]),
+        first = torch.addmm(
             self._constant("bias", self._bias),
+            value.joined(shared=True),
+            self._constant("shared", lambda: self._weight()[:, shared].t()),
         )
-        repeated = first.index_select(0, self.walk.request)
-        weight = self._constant("own", lambda: self._weight()[:, own])
-        return torch.addmm(repeated, value.joined(shared=False), weight.t())
+        repeated = first.index_select(0, cast(Tensor, self.walk.request))
+        weight = self._constant("own", lambda: self._weight()[:, own].t())
+        return self._cut(torch.mm(value.joined(shared=False), weight) + repeated)
 
-    def normed(self, found: Normed) -> Tensor:
+    def normed(self, found: Normed) -> list[Tensor]:
         """``W LN(x) + b`` for the candidates.
 
         Each side's numbers are centred by weights of mean zero, ``W_s (x_s - m_s) = (W_s - mean(W_s)) x_s``; the
@@ -530,24 +557,25 @@ class _Blocks:
         n, m = len(shared), len(own)
         x, y = value.joined(shared=True), value.joined(shared=False)
         variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-        first = functional.linear(
-            x, self._constant("shared", lambda: _centred(self._gained(node)[:, shared]))
-        )
-        repeated = torch.cat([first, variance, mean], dim=1).index_select(0, self.walk.request)
+        first = torch.mm(x, self._constant("shared", lambda: _centred(self._gained(node)[:, shared]).t()))
+        repeated = torch.cat([first, variance, mean], dim=1).index_select(0, cast(Tensor, self.walk.request))
         first, variance, mean = torch.split(repeated, [first.shape[1], 1, 1], dim=1)
         own_variance, own_mean = torch.var_mean(y, dim=1, correction=0, keepdim=True)
         apart = mean - own_mean
         variance = (n * variance + m * own_variance) / (n + m) + apart.square() * (n * m / (n + m) ** 2)
-        weight = self._constant("own", lambda: _centred(self._gained(node)[:, own]))
-        product = torch.addmm(first, y, weight.t())
+        weight = self._constant("own", lambda: _centred(self._gained(node)[:, own]).t())
 
         def slope() -> Tensor:
             gained = self._gained(node)
             return (m * gained[:, shared].sum(1) - n * gained[:, own].sum(1)) / (n + m)
 
-        product = product + apart * self._constant("slope", slope)
+        product = torch.mm(y, weight) + first + apart * self._constant("slope", slope)
         eps = cast(float, node.args[4]) if len(node.args) > 4 else 1e-5
-        return product * torch.rsqrt(variance + eps) + self._constant("bias", lambda: self._shifted(node))
+        bias = self._constant("bias", lambda: self._shifted(node))
+        return self._cut(product * torch.rsqrt(variance + eps) + bias)
+
+    def _cut(self, product: Tensor) -> list[Tensor]:
+        return list(torch.split(product, self.widths, dim=1)) if len(self.widths) > 1 else [product]
 
     def _constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         return self.walk.program.constant(f"{self.nodes[0].name}_{name}", make)
@@ -558,14 +586,14 @@ class _Blocks:
     def _weight(self) -> Tensor:
         return torch.cat([self.walk.program.weight(cast(fx.Node, node.args[1])) for node in self.nodes])
 
-    def _bias(self) -> Tensor:
-        weight = self._weight()
+    def _biases(self) -> list[Tensor | None]:
         given = [node.args[2] if len(node.args) > 2 else None for node in self.nodes]
+        return [None if bias is None else self.walk.program.weight(cast(fx.Node, bias)) for bias in given]
+
+    def _bias(self) -> Tensor:
+        zeros = [self._weight().new_zeros(width) for width in self.widths]
         return torch.cat(
-            [
-                weight.new_zeros(width) if bias is None else self.walk.program.weight(cast(fx.Node, bias))
-                for bias, width in zip(given, self.widths, strict=True)
-            ]
+            [zero if bias is None else bias for bias, zero in zip(self._biases(), zeros, strict=True)]
         )
 
     def _gained(self, norm: fx.Node) -> Tensor:
