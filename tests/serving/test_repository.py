@@ -266,3 +266,24 @@ def test_a_bundle_is_served_as_its_run_is(small_run, small_bundle):
     for each in answers:
         for place in range(wanted.shape[1]):
             np.testing.assert_allclose(each["outputs"][place]["data"], wanted[:, place], atol=1e-5)
+
+
+def test_a_link_that_turns_while_a_version_is_loaded_mixes_nothing(two, tmp_path, monkeypatch):
+    paths, engines = two
+    live = tmp_path / "ads"
+    live.symlink_to(paths[0])
+    load = Engine.load
+
+    def turning(path, *others):
+        new = tmp_path / "new"
+        new.symlink_to(paths[1])
+        new.replace(live)
+        return load(path, *others)
+
+    monkeypatch.setattr(Engine, "load", turning)
+    repository = Repository([("ads", live)], "cpu")
+    asyncio.run(repository.load())
+    assert repository.pick("ads").label == engines[0].version
+    monkeypatch.setattr(Engine, "load", load)
+    asyncio.run(repository.refresh())
+    assert repository.pick("ads").label == engines[1].version

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mldcn.config import suggest
@@ -290,8 +290,10 @@ class Repository:
     async def _loaded_anew(
         self, place: Place, before: tuple[tuple[object, ...], Version] | None, strict: bool
     ) -> tuple[tuple[object, ...], Version] | None:
+        # A link that comes to point elsewhere meanwhile must not mix two contents.
+        real = replace(place, path=place.path.resolve())
         try:
-            state = place.state()
+            state = real.state()
         except OSError:
             return before  # it is being replaced just now
         if self._failed.get(place) == state or (before is not None and before[0] == state):
@@ -301,7 +303,7 @@ class Repository:
             return prepared
         name = self._name(place)
         try:
-            version = await asyncio.to_thread(_load, place, self._device, self._tune, self._tables)
+            version = await asyncio.to_thread(_load, real, self._device, self._tune, self._tables)
         except Exception as error:
             if strict:
                 raise
