@@ -180,6 +180,8 @@ class Supervisor:
             error = joining.exception()
             if error is not None and not isinstance(error, ChannelClosed):
                 worker.process.kill()
+                if not isinstance(error, UserError):
+                    log.error("worker %d cannot be started", place, exc_info=error)
             await worker.gone.wait()
             self._forget(worker)
             if self._stopping:
