@@ -198,7 +198,9 @@ def _add_repository(app: FastAPI, service: Service) -> None:
         return answer(service.index())
 
     @app.post(
-        "/v2/repository/models/{model}/load", summary="Looks at a model's folder again", responses=_only(403)
+        "/v2/repository/models/{model}/load",
+        summary="Looks at a model's folder again",
+        responses=_only(400, 403, 404, 413),
     )
     async def load(request: Request, model: str) -> Response:
         _called(request, "repository")
@@ -209,7 +211,9 @@ def _add_repository(app: FastAPI, service: Service) -> None:
         await service.load(model)
         return answer({})
 
-    @app.post("/v2/repository/models/{model}/unload", summary="Serves a model no more", responses=_only(403))
+    @app.post(
+        "/v2/repository/models/{model}/unload", summary="Serves a model no more", responses=_only(403, 404)
+    )
     async def unload(request: Request, model: str) -> Response:
         _called(request, "repository")
         await service.unload(model)
