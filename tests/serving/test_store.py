@@ -109,6 +109,33 @@ def test_a_row_that_is_not_there_is_an_error(tmp_path):
         assert table.packed(torch.tensor([1, 1])).shape == (2, row_bytes(kind, 1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_on_the_disk_are_touched_by_several_threads_and_read_the_same(tmp_path, monkeypatch, kind):
+    table = opened(tmp_path, TABLES["normal"], kind)
+    rows = torch.randint(0, 300, (40, 5))
+    expected = table.look_up(rows), table.packed(rows.flatten())
+    touched = []
+    touch = TableFile._touch
+
+    def noted(self, some):
+        touched.append(some)
+        touch(self, some)
+
+    waits = iter(range(0, 10_000, 100))
+    monkeypatch.setattr("mldcn.serving.store._page_waits", lambda: next(waits))
+    monkeypatch.setattr(TableFile, "_touch", noted)
+    assert torch.equal(table.look_up(rows), expected[0])
+    assert not touched  # the first look-up finds out that the disk is waited for
+    assert torch.equal(table.look_up(rows), expected[0])
+    assert torch.equal(table.packed(rows.flatten()), expected[1])
+    assert torch.equal(torch.cat(touched).sort().values, rows.flatten().repeat(2).sort().values)
+    monkeypatch.setattr("mldcn.serving.store._page_waits", lambda: 0)
+    table.look_up(rows)
+    touched.clear()
+    table.look_up(rows)
+    assert not touched
+
+
 MEASURE = """
 import re, sys, torch
 from pathlib import Path

@@ -17,8 +17,13 @@ These are the rows that FBGEMM's kernels in PyTorch read.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import mmap
+import resource
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +39,8 @@ Kind = Literal["fp32", "bf16", "int8", "int4"]
 KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8", "int4")
 _LEVELS = {"int8": 255, "int4": 15}
 _CHUNK = 1 << 16  # rows written at a time
+_READERS = 32  # threads that wait for the disk, each for another page
+_FEW_WAITS = 8  # of one look-up, for which the threads are not worth it
 
 
 def row_bytes(kind: Kind, width: int) -> int:
@@ -153,14 +160,43 @@ class TableFile:
                 f"{path}: has {found} bytes, expected {rows * size}; export the run again or restore the file"
             )
         self._bytes = _mapped(path, rows, size)
+        self._waits = False
 
     def look_up(self, rows: Tensor) -> Tensor:
         """Rows ``(B, n)`` as ``(B, n, e)`` float32."""
-        return gathered(self._bytes, rows.reshape(-1), self.kind, self.width).view(*rows.shape, self.width)
+        flat = rows.reshape(-1)
+        with self._watched(flat):
+            found = gathered(self._bytes, flat, self.kind, self.width)
+        return found.view(*rows.shape, self.width)
 
     def packed(self, rows: Tensor) -> Tensor:
         """Rows ``(n,)`` as they lie in the file, ``(n, row_bytes)``."""
-        return self._bytes.index_select(0, rows)
+        with self._watched(rows):
+            return self._bytes.index_select(0, rows)
+
+    @contextlib.contextmanager
+    def _watched(self, rows: Tensor) -> Iterator[None]:
+        """Around a look-up. When the last one waited for the disk, this one's rows are first touched by several
+        threads: one alone would wait for one page after the other.
+        """
+        before = _page_waits()
+        if self._waits:
+            list(_readers().map(self._touch, [rows[i::_READERS] for i in range(_READERS)]))
+        yield
+        self._waits = _page_waits() - before > _FEW_WAITS
+
+    def _touch(self, rows: Tensor) -> None:
+        self._bytes[:, :1].index_select(0, rows)
+
+
+def _page_waits() -> int:
+    """Pages that this process has waited for until now."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_READERS, "table")
 
 
 def _mapped(path: Path, rows: int, size: int) -> Tensor:
