@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+
+from mldcn.serving.blocks import Blocks, Weights
+from mldcn.serving.parts import Normed, Part, Size, Value, Weight, runs
 
 aten = torch.ops.aten
 
@@ -50,112 +53,12 @@ _END = 2**63 - 1  # of a slice that goes to the end
 _RESHAPES = {aten.flatten, aten.reshape, aten.unflatten, aten.view}
 
 
-@dataclass(frozen=True)
-class Part:
-    """Columns of a value: ``(R, ...)``, the same for all candidates of a request, or ``(N, ...)``."""
-
-    tensor: Tensor
-    shared: bool
-
-    @property
-    def width(self) -> int:
-        """Its columns."""
-        return int(self.tensor.shape[1])
-
-    def cut(self, start: int, stop: int) -> Part:
-        """Some of the columns."""
-        return replace(self, tensor=self.tensor[:, start:stop])
-
-
-@dataclass(frozen=True)
-class Value:
-    """What ``node`` gives: parts side by side along dimension 1, or a single one of any shape."""
-
-    parts: tuple[Part, ...]
-    node: fx.Node
-
-    @property
-    def shared(self) -> bool:
-        """Whether all of it is the same for all candidates of a request."""
-        return all(part.shared for part in self.parts)
-
-    @property
-    def mixed(self) -> bool:
-        """Whether only some of it is."""
-        return not self.shared and any(part.shared for part in self.parts)
-
-    @property
-    def rank(self) -> int:
-        """The number of dimensions."""
-        return self.parts[0].tensor.dim()
-
-    def cut(self, start: int, stop: int) -> tuple[Part, ...]:
-        """The parts of some columns."""
-        found, at = [], 0
-        for part in self.parts:
-            low, high = max(start - at, 0), min(stop - at, part.width)
-            if low < high:
-                found.append(part if high - low == part.width else part.cut(low, high))
-            at += part.width
-        return tuple(found)
-
-    def joined(self, *, shared: bool) -> Tensor:
-        """Its shared columns, or the others, side by side."""
-        found = [part.tensor for part in self.parts if part.shared is shared]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
-
-    def columns(self, *, shared: bool) -> list[slice]:
-        """Where these lie."""
-        found, at = [], 0
-        for part in self.parts:
-            if part.shared is shared:
-                found.append(slice(at, at + part.width))
-            at += part.width
-        return found
-
-
-@dataclass(frozen=True)
-class Normed:
-    """What ``node`` gives: a LayerNorm over all columns of ``source``, put off."""
-
-    source: Value
-    node: fx.Node
-
-
-@dataclass(frozen=True)
-class Weight:
-    """What ``node`` gives depends on no input."""
-
-    node: fx.Node
-
-
-@dataclass(frozen=True)
-class Size:
-    """A whole number that grows with the batch: for R requests, and for N candidates."""
-
-    requests: Any
-    rows: Any
-
-
-class Rewritten(nn.Module):
+class Rewritten(Weights):
     """A program whose linear maps of one input are one product, their weights laid out for it.
 
     Args:
         program: takes ids ``(B, C)``, dense ``(B, D)`` and a list of rows ``(B, n, e)``, gives ``(B, T)``.
     """
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        super().__init__()
-        self.graph = program.graph_module.graph
-        signature = program.graph_signature
-        held = dict(program.state_dict) | dict(program.constants)
-        names = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-        names |= dict(signature.inputs_to_lifted_tensor_constants)
-        self._held = {place: cast(Tensor, held[name]).detach() for place, name in names.items()}
-        self.weights = {node for node in self.graph.nodes if node.name in self._held}
-        self.inputs = [
-            node for node in self.graph.nodes if node.op == "placeholder" and node not in self.weights
-        ]
 
     def forward(self, ids: Tensor, dense: Tensor, rows: list[Tensor]) -> Tensor:
         """What the program gives, ``(B, T)``."""
@@ -163,22 +66,6 @@ class Rewritten(nn.Module):
         for node, each in zip(self.inputs, (ids, dense, *rows), strict=True):
             walk.found[node] = Value((Part(each, False),), node)
         return walk.result()
-
-    def weight(self, node: fx.Node) -> Tensor:
-        """A weight of the program, or what it computes from weights alone."""
-        if node in self.weights:
-            return self._held[node.name]
-        assert callable(node.target)
-        with torch.no_grad():
-            found: Tensor = node.target(*fx.map_arg(node.args, self.weight), **node.kwargs)
-        return found
-
-    def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that depends on no input; made once and kept among the buffers."""
-        if name not in self._buffers:
-            self.register_buffer(name, make().contiguous())
-        found: Tensor = getattr(self, name)
-        return found
 
 
 class PerRequest(Rewritten):
@@ -212,28 +99,12 @@ class PerRequest(Rewritten):
         """
         walk = _Walk(self, request, Size(first[0].shape[0], request.shape[0]))
         for node, flags, head, each in zip(self.inputs[:2], self.shared[:2], first, own, strict=True):
-            walk.found[node] = Value(_runs(flags, head, each, whole=True), node)
+            walk.found[node] = Value(runs(flags, head, each, whole=True), node)
         waiting = {True: iter(first_rows), False: iter(own_rows)}
         for node, flags in zip(self.inputs[2:], self.shared[2:], strict=True):
             a, b = (next(waiting[side]) if side in flags else None for side in (True, False))
-            walk.found[node] = Value(_runs(flags, a, b, whole=False), node)
+            walk.found[node] = Value(runs(flags, a, b, whole=False), node)
         return walk.result()
-
-
-def _runs(
-    flags: Sequence[bool], first: Tensor | None, own: Tensor | None, *, whole: bool
-) -> tuple[Part, ...]:
-    """An input in parts. ``whole``: both tensors have all columns; else each has its own only."""
-    found: list[Part] = []
-    start, taken = 0, {True: 0, False: 0}
-    for shared, run in groupby(flags):
-        width = len(list(run))
-        begin = start if whole else taken[shared]
-        tensor = cast(Tensor, first if shared else own)
-        found.append(Part(tensor[:, begin : begin + width], shared))
-        taken[shared] += width
-        start += width
-    return tuple(found) or (Part(cast(Tensor, first), True),)
 
 
 class _Walk:
@@ -499,7 +370,8 @@ class _Walk:
             return self._each(node, found) if found.mixed else None
         if node not in self._products:
             alike = [each for each in source.users if each.target is node.target and each.args[0] is source]
-            blocks = _Blocks(self, [each for each in alike if self._has_weights(each)])
+            alike = [each for each in alike if self._has_weights(each)]
+            blocks = Blocks(self.program, alike, self.request)
             if isinstance(found, Normed):
                 products = blocks.normed(found)
             elif found.mixed:
@@ -511,108 +383,6 @@ class _Walk:
 
     def _has_weights(self, node: fx.Node) -> bool:
         return all(each in self.program.weights for each in node.all_input_nodes[1:])
-
-
-class _Blocks:
-    """The weights of linear maps of one input, below one another, and cut in the columns of its parts.
-
-    Args:
-        walk: where they are met.
-        nodes: the maps.
-    """
-
-    def __init__(self, walk: _Walk, nodes: Sequence[fx.Node]) -> None:
-        self.walk = walk
-        self.nodes = nodes
-        self.widths = [int(node.meta["val"].shape[1]) for node in nodes]
-
-    def whole(self, x: Tensor) -> list[Tensor]:
-        """``W x + b`` of rows of which nothing is shared."""
-        products = self._cut(torch.mm(x, self._constant("whole", lambda: self._weight().t())))
-        return [
-            product if bias is None else product + self._constant(f"bias_{i}", lambda: bias)  # noqa: B023
-            for i, (product, bias) in enumerate(zip(products, self._biases(), strict=True))
-        ]
-
-    def plain(self, value: Value) -> list[Tensor]:
-        """``W x + b`` for the candidates."""
-        shared, own = (self._columns(value, shared=side) for side in (True, False))
-        first = torch.addmm(
-            self._constant("bias", self._bias),
-            value.joined(shared=True),
-            self._constant("shared", lambda: self._weight()[:, shared].t()),
-        )
-        repeated = first.index_select(0, cast(Tensor, self.walk.request))
-        weight = self._constant("own", lambda: self._weight()[:, own].t())
-        return self._cut(torch.mm(value.joined(shared=False), weight) + repeated)
-
-    def normed(self, found: Normed) -> list[Tensor]:
-        """``W LN(x) + b`` for the candidates.
-
-        Each side's numbers are centred by weights of mean zero, ``W_s (x_s - m_s) = (W_s - mean(W_s)) x_s``; the
-        distance of the two means from the mean of all is a correction of rank one.
-        """
-        value, node = found.source, found.node
-        shared, own = (self._columns(value, shared=side) for side in (True, False))
-        n, m = len(shared), len(own)
-        x, y = value.joined(shared=True), value.joined(shared=False)
-        variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-        first = torch.mm(x, self._constant("shared", lambda: _centred(self._gained(node)[:, shared]).t()))
-        repeated = torch.cat([first, variance, mean], dim=1).index_select(0, cast(Tensor, self.walk.request))
-        first, variance, mean = torch.split(repeated, [first.shape[1], 1, 1], dim=1)
-        own_variance, own_mean = torch.var_mean(y, dim=1, correction=0, keepdim=True)
-        apart = mean - own_mean
-        variance = (n * variance + m * own_variance) / (n + m) + apart.square() * (n * m / (n + m) ** 2)
-        weight = self._constant("own", lambda: _centred(self._gained(node)[:, own]).t())
-
-        def slope() -> Tensor:
-            gained = self._gained(node)
-            return (m * gained[:, shared].sum(1) - n * gained[:, own].sum(1)) / (n + m)
-
-        product = torch.mm(y, weight) + first + apart * self._constant("slope", slope)
-        eps = cast(float, node.args[4]) if len(node.args) > 4 else 1e-5
-        bias = self._constant("bias", lambda: self._shifted(node))
-        return self._cut(product * torch.rsqrt(variance + eps) + bias)
-
-    def _cut(self, product: Tensor) -> list[Tensor]:
-        return list(torch.split(product, self.widths, dim=1)) if len(self.widths) > 1 else [product]
-
-    def _constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        return self.walk.program.constant(f"{self.nodes[0].name}_{name}", make)
-
-    def _columns(self, value: Value, *, shared: bool) -> list[int]:
-        return [i for columns in value.columns(shared=shared) for i in range(columns.start, columns.stop)]
-
-    def _weight(self) -> Tensor:
-        return torch.cat([self.walk.program.weight(cast(fx.Node, node.args[1])) for node in self.nodes])
-
-    def _biases(self) -> list[Tensor | None]:
-        given = [node.args[2] if len(node.args) > 2 else None for node in self.nodes]
-        return [None if bias is None else self.walk.program.weight(cast(fx.Node, bias)) for bias in given]
-
-    def _bias(self) -> Tensor:
-        zeros = [self._weight().new_zeros(width) for width in self.widths]
-        return torch.cat(
-            [zero if bias is None else bias for bias, zero in zip(self._biases(), zeros, strict=True)]
-        )
-
-    def _gained(self, norm: fx.Node) -> Tensor:
-        """The weights times the norm's gain."""
-        gain = norm.args[2] if len(norm.args) > 2 else None
-        weight = self._weight()
-        return weight if gain is None else weight * self.walk.program.weight(cast(fx.Node, gain))
-
-    def _shifted(self, norm: fx.Node) -> Tensor:
-        """The biases, with what the norm's bias becomes."""
-        shift = norm.args[3] if len(norm.args) > 3 else None
-        bias = self._bias()
-        return (
-            bias if shift is None else bias + self._weight() @ self.walk.program.weight(cast(fx.Node, shift))
-        )
-
-
-def _centred(weight: Tensor) -> Tensor:
-    return weight - weight.mean(1, keepdim=True)
 
 
 def _is_shared(found: object) -> bool:
