@@ -73,7 +73,6 @@ class Found:
     kills: int = 0
     seconds: list[float] = field(default_factory=list)
     both_versions: list[float] = field(default_factory=list)
-    restarts: list[float] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
@@ -279,18 +278,14 @@ class Soak:
         live: the link that it serves.
         bundles: what the link may point to, by version.
         load: what asks it.
-        processes: that should answer.
     """
 
-    def __init__(
-        self, leader: int, port: int, live: Path, bundles: dict[str, Path], load: Load, processes: int
-    ) -> None:
+    def __init__(self, leader: int, port: int, live: Path, bundles: dict[str, Path], load: Load) -> None:
         self._leader = leader
         self._port = port
         self._live = live
         self._bundles = bundles
         self._load = load
-        self._processes = processes
         self._rng = np.random.default_rng(1)
 
     async def swap(self, every: float) -> None:
@@ -328,9 +323,6 @@ class Soak:
             while state(victim) not in ("Z", ""):
                 await asyncio.sleep(0.0005)
             load.dying = ports, begun, time.monotonic()
-            while len(set(workers(self._leader)) - {victim}) < self._processes:
-                await asyncio.sleep(0.02)
-            load.found.restarts.append(time.monotonic() - begun)
             await asyncio.sleep(max(0.0, every - (time.monotonic() - begun)))
 
     async def watch(self, every: float) -> None:
@@ -430,7 +422,7 @@ async def soak(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     async with served(live, folder, arguments.processes) as (process, port):
         load = Load(port, bodies, expected)
         load.newest = first
-        disturbing = Soak(process.pid, port, live, bundles, load, arguments.processes)
+        disturbing = Soak(process.pid, port, live, bundles, load)
         await load.closed_loop(8, 3.0)  # warm
         # To load a version takes some of the cores' time too: the capacity is what is left.
         disturbances = [asyncio.create_task(disturbing.swap(arguments.swap_seconds))]
@@ -468,7 +460,6 @@ def summary(found: Found, capacity: float, rate: float, arguments: argparse.Name
         **{name: getattr(found, name) for name in (*counts, *lost)},
         "latency_ms": {f"p{q:g}": round(float(np.percentile(seconds, q)), 2) for q in (50, 90, 99, 99.9)},
         "both_versions_answer_ms": [round(1000 * each, 2) for each in found.both_versions],
-        "restart_seconds": [round(each, 2) for each in found.restarts],
         "pss_mb": {
             "first_third": round(float(np.median(memory[:third])), 1),
             "last_third": round(float(np.median(memory[-third:])), 1),

@@ -186,8 +186,8 @@ def row_table(
 ) -> pa.Table:
     """The rows of one request.
 
-    Numbers are doubles; all else is text, or lists of texts, whatever the caller sent: each as the text that
-    stands for it alone, so that it means in training what it meant here.
+    Numbers are doubles, in vectors too; all else is text, or lists of texts, whatever the caller sent: each as the
+    text that stands for it alone, so that it means in training what it meant here.
     """
     engine = version.engine
     schema = engine.config.log_schema
@@ -233,6 +233,11 @@ def _column(values: pa.Table, each: Input, *, number: bool) -> pa.Array:
     if not each.delimiter:
         return pa.array([text_of(each, row, value) for row, value in enumerate(found, 1)], pa.string())
     lists = [_split(each, value) for value in found]
+    if each.kind == "embedding":
+        return pa.array(
+            [None if value is None else [float(element) for element in value] for value in lists],
+            pa.list_(pa.float64()),
+        )
     texts = [
         None if value is None else [text_of(each, row, element) for element in value]
         for row, value in enumerate(lists, 1)
