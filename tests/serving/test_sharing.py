@@ -8,6 +8,7 @@ from torch import nn
 
 from mldcn.errors import UserError
 from mldcn.predict import Predictor
+from mldcn.serving import hybrid
 from mldcn.serving.engine import Engine
 from mldcn.serving.export import _exported, export_run, made_up
 from mldcn.serving.program import Body, Tables, look_ups, table_files
@@ -94,7 +95,8 @@ def test_a_program_over_requests_equals_the_one_over_rows(tmp_path, name):
         assert sum(name.endswith("_own") for name, _ in program.named_buffers()) == blocks
 
 
-def test_scores_of_several_requests_in_one_batch_are_those_of_their_rows(tmp_path):
+def test_scores_of_several_requests_in_one_batch_are_those_of_their_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(hybrid, "SHARED_FROM", 32)
     run, engine = bundled(tmp_path, {"name": "deepfm"}, "layer")
     program = engine.program
     assert program.per_request is not None
@@ -250,7 +252,8 @@ def test_a_norm_far_from_zero_keeps_its_digits():
     torch.testing.assert_close(found, module(ids, dense, []), atol=1e-5, rtol=0)
 
 
-def test_bf16_and_int8_bundles_answer_requests(tmp_path):
+def test_bf16_and_int8_bundles_answer_requests(tmp_path, monkeypatch):
+    monkeypatch.setattr(hybrid, "SHARED_FROM", 32)
     run, engine = bundled(
         tmp_path, {"name": "mldcn_plain", "rank": 4}, "layer", SIMPLE, dtype="bf16", embeddings="int8"
     )

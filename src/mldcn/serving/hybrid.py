@@ -18,7 +18,7 @@ from mldcn.serving.program import Tables
 from mldcn.serving.transfer import Transfer
 
 # Candidates more than requests from which on it pays to compute what requests share apart.
-SHARED_FROM = 32
+SHARED_FROM = 256
 
 # Of mldcn.serving.program.Body or mldcn.serving.rewriting.PerRequest.
 Function = Callable[..., Tensor]
