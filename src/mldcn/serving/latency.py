@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,13 +55,12 @@ def tuned(name: str, engine: Engine, batching: Batching, budget: Budget) -> Batc
     Raises:
         UserError: a batch of one row takes longer.
     """
-    with _busy(engine):
-        picked, expected = pick(
-            budget,
-            batching,
-            lambda rows: measure(engine, rows, budget.percentile, batching.workers),
-            held=3 if getattr(engine, "two_steps", False) else 2,
-        )
+    picked, expected = pick(
+        budget,
+        batching,
+        lambda rows: measure(engine, rows, budget.percentile, batching.workers, beside=lambda: _busy(engine)),
+        held=3 if getattr(engine, "two_steps", False) else 2,
+    )
     log.info(
         "model %s: for %s batches take up to %d rows and wait %.3g ms for company; %.3g ms expected",
         name,
@@ -99,8 +98,8 @@ def pick(
                 raise UserError(
                     f"--latency-ms {budget}: cannot be kept: at this percentile a request of one row takes "
                     f"{1000 * took.reading:.3g} ms to read and answer and {1000 * took.scoring:.3g} ms to score, "
-                    f"and may wait for {held - 1} batch before its own; allow {1000 * expected:.3g} ms, export a "
-                    "faster program or serve fewer processes on these cores"
+                    f"and may wait for {READ_BEFORE} others to be read and {held - 1} to be scored before it; "
+                    f"allow {1000 * expected:.3g} ms, export a faster program or serve fewer processes"
                 )
             # Between the last that fits and the first that does not there is one more to try.
             sizes = [3 * rows // 4] if rows in SIZES and rows > 2 else []
@@ -121,6 +120,7 @@ def measure(
     percentile: float,
     workers: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Taken:
     """What a request of some rows takes, alone in its batch.
 
@@ -130,6 +130,7 @@ def measure(
         percentile: from 0 to 100.
         workers: batches that are scored at the same time.
         clock: seconds.
+        beside: what goes on while batches are scored.
     """
     body = _body(engine, rows)
     calls = max(_FEWEST, round(200 / (100 - percentile)))
@@ -141,11 +142,8 @@ def measure(
             engine.score_rows([encoded])
         return _timed(lambda: engine.score_rows([encoded]), calls, clock)
 
-    if workers == 1:
-        scoring = score(0)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            scoring = [seconds for found in pool.map(score, range(workers)) for seconds in found]
+    with beside(), ThreadPoolExecutor(workers) as pool:
+        scoring = [seconds for found in pool.map(score, range(workers)) for seconds in found]
 
     def at(seconds: list[float]) -> float:
         return float(np.percentile(seconds, percentile, method="higher"))
