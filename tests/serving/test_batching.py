@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mldcn.serving.batching import Batcher
-from mldcn.serving.engine import Rows, Scores
+from mldcn.serving.encoding import Rows
+from mldcn.serving.engine import Scores
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Batching
 from mldcn.serving.refused import Reason, Refused

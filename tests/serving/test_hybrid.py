@@ -11,7 +11,8 @@ from serving_cases import columns, log
 
 from mldcn.predict import Predictor
 from mldcn.serving.batching import Batcher
-from mldcn.serving.engine import Engine, Rows, Scores
+from mldcn.serving.encoding import Rows
+from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.export import export_run
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Batching

@@ -8,7 +8,8 @@ from test_server import listless
 
 from mldcn.errors import UserError
 from mldcn.serving import latency
-from mldcn.serving.engine import Rows, Scores
+from mldcn.serving.encoding import Rows
+from mldcn.serving.engine import Scores
 from mldcn.serving.latency import Taken, measure, pick
 from mldcn.serving.options import Batching, Budget
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from mldcn.serving.engine import Engine, Rows, Scores
+from mldcn.serving.encoding import Rows
+from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Batching
 from mldcn.serving.refused import Reason, Refused

@@ -18,20 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from mldcn.config import Config
-from mldcn.data.batch import MISSING, OUT_OF_VOCABULARY, IdSlot
-from mldcn.data.encoder import EncodedBlock, Encoder
-from mldcn.data.parsing import ParsedBlock, parse
-from mldcn.data.reading import RawBlock
-from mldcn.data.vocabulary import HashedRows
+from mldcn.data.encoder import Encoder
 from mldcn.errors import UserError
 from mldcn.metrics import Isotonic, Platt
 from mldcn.model import Ranker
 from mldcn.predict import Predictor, calibrated, unsampled
 from mldcn.run import VERSIONED, RunFolder
+from mldcn.serving.encoding import RawEncoder, Rows
 from mldcn.serving.halves import halves
 from mldcn.serving.options import TableServer
 from mldcn.serving.sample import sample_request
-from mldcn.serving.values import Columns, Input
+from mldcn.serving.values import Input
 
 
 class Program(Protocol):
@@ -69,28 +66,6 @@ class TwoSteps(Protocol):
     def compute(self, found: Any) -> NDArray[np.float32]:
         """The second step."""
         ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Encoded rows of one call, and what was noticed of them.
-
-    Attributes:
-        ids: ``(n, C)`` rows of tables.
-        dense: ``(n, D)``.
-        unseen: ids that training did not see, counted by feature; hashed features have none.
-        missing: missing values, empty lists among them, counted by feature.
-        request: whether they are the candidates of one request, and so agree in the features of user and context.
-    """
-
-    ids: NDArray[np.int32]
-    dense: NDArray[np.float32]
-    unseen: dict[str, int] = field(default_factory=dict)
-    missing: dict[str, int] = field(default_factory=dict)
-    request: bool = False
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,9 @@ class Engine:
         self._calibrators = dict(calibrators)
         self.program = program
         self._sample = sample
-        self._columns = Columns(config.log_schema, config.data.missing)
+        names = {feature.name for feature in encoder.schema.features}
+        self._raw = RawEncoder(encoder, names, config.data.missing)
+        self._columns = self._raw.columns
         self._halves = halves(encoder, config.data.missing)
         self._rates = [label.negative_sampling_rate for label in config.log_schema.labels]
 
@@ -227,7 +204,7 @@ class Engine:
         Raises:
             UserError: as :meth:`score`.
         """
-        return self._encoded(self.encoder, self._columns, columns)
+        return self._raw.encode(columns)
 
     def encode_rank(self, constant: Mapping[str, Any], candidates: Mapping[str, Sequence[Any]]) -> Rows:
         """The first half of :meth:`rank`. What the request gives once is encoded once.
@@ -242,9 +219,9 @@ class Engine:
         once, each = self._halves
         shared = {column.name for column in once.columns.inputs} & constant.keys()
         read = {column.name for column in each.columns.inputs}
-        first = self._encoded(once.encoder, once.columns, {name: [constant[name]] for name in shared})
+        first = once.encode({name: [constant[name]] for name in shared})
         repeated = {name: value for name, value in constant.items() if name in read}
-        own = self._encoded(each.encoder, each.columns, each.columns.joined(repeated, candidates))
+        own = each.encode(each.columns.joined(repeated, candidates))
         count = len(own)
         ids = np.empty((count, self.encoder.layout.num_id_columns), np.int32)
         dense = np.empty((count, self.encoder.layout.num_dense_columns), np.float32)
@@ -344,34 +321,6 @@ class Engine:
         if isinstance(self.program, TwoSteps):
             return partial(self.program.compute, self.program.look_up(ids, dense, request))
         return partial(self.program, ids, dense, request)
-
-    def _encoded(self, encoder: Encoder, columns: Columns, values: Mapping[str, Sequence[Any]]) -> Rows:
-        parsed = parse(encoder.schema, RawBlock(columns.table(values), "request", 1), labels=False)
-        block = encoder.assemble(parsed)
-        return Rows(block.ids, block.dense, _unseen(encoder, block), _missing(encoder, parsed, block))
-
-
-def _unseen(encoder: Encoder, block: EncodedBlock) -> dict[str, int]:
-    return {
-        slot.feature: int((block.ids[:, slot.columns] == OUT_OF_VOCABULARY).sum())
-        for slot in _values(encoder)
-        if not isinstance(encoder.tables[slot.table], HashedRows)
-    }
-
-
-def _missing(encoder: Encoder, parsed: ParsedBlock, block: EncodedBlock) -> dict[str, int]:
-    # A list's first place is its padding only where it is empty.
-    found = {slot.feature: int((block.ids[:, slot.start] == MISSING).sum()) for slot in _values(encoder)}
-    for slot in encoder.layout.dense:
-        if slot.kind == "numeric":
-            found[slot.feature] = int(np.isnan(parsed.numbers[slot.feature]).sum())
-        elif slot.kind == "embedding":
-            found[slot.feature] = int((~parsed.vectors[slot.feature].any(axis=1)).sum())
-    return found
-
-
-def _values(encoder: Encoder) -> list[IdSlot]:
-    return [slot for slot in encoder.layout.ids if slot.role == "values"]
 
 
 def eager(model: Ranker, device: torch.device) -> Program:

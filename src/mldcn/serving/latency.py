@@ -23,7 +23,8 @@ import numpy as np
 
 from mldcn.errors import UserError
 from mldcn.serving import ranking
-from mldcn.serving.engine import Engine, Rows, Scores
+from mldcn.serving.encoding import Rows
+from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.options import Batching, Budget
 
 log = logging.getLogger("mldcn.serving")

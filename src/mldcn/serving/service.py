@@ -18,7 +18,8 @@ from mldcn import __version__
 from mldcn.errors import UserError
 from mldcn.serving import effects, ranking, wire
 from mldcn.serving.batching import Batcher
-from mldcn.serving.engine import Rows, Scores
+from mldcn.serving.encoding import Rows
+from mldcn.serving.engine import Scores
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Options
 from mldcn.serving.refused import Reason, Refused, invalid
