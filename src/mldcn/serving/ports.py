@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,14 +24,18 @@ class Ports:
     Args:
         service: what answers.
         options: of the server.
-        shared: whether other processes of the same server listen at the same ports.
+        listener: bound to the HTTP port, where other processes of the same server listen at the same ports.
     """
 
-    def __init__(self, service: Service, options: Options, *, shared: bool = False) -> None:
+    def __init__(self, service: Service, options: Options, listener: socket.socket | None = None) -> None:
         self._options = options
-        self._shared = shared
+        self._listener = listener
         self._web = _Web(self._web_config(service))
-        self._rpc = None if options.grpc_port is None else grpc_server.build(service, shared_port=shared)
+        self._rpc = (
+            None
+            if options.grpc_port is None
+            else grpc_server.build(service, shared_port=listener is not None)
+        )
         self._serving: asyncio.Task[None] | None = None
 
     async def open(self) -> Addresses:
@@ -39,7 +44,7 @@ class Ports:
         Raises:
             UserError: a port is taken.
         """
-        listener = bound(self._options.host, self._options.http_port, "--port", shared=self._shared)
+        listener = self._listener or bound(self._options.host, self._options.http_port, "--port")
         try:
             rpc_port = await self._open_rpc()
         except BaseException:
@@ -85,7 +90,7 @@ class Ports:
             }
         app = http.build(service)
         return uvicorn.Config(
-            Aging(app) if self._shared else app,
+            Aging(app) if self._listener else app,
             lifespan="off",
             ws="none",
             log_config=None,

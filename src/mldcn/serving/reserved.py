@@ -1,7 +1,8 @@
-"""Addresses, and ports that several processes share: the kernel gives each new connection to one of them."""
+"""Addresses, and ports that several processes share."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,25 +60,36 @@ def addresses(options: Options, http_port: int, grpc_port: int | None) -> Addres
     return Addresses(f"{scheme}://{joined(options.host, http_port)}", rpc)
 
 
+@dataclass(frozen=True)
+class Reserved:
+    """What the processes of a server share.
+
+    Attributes:
+        options: the server's, with the ports that were taken.
+        listener: bound to the HTTP port. Each process accepts connections from it, so that one which is busy takes
+            none, and connections wait for another where one dies.
+    """
+
+    options: Options
+    listener: socket.socket
+
+
 @contextmanager
-def reserved(options: Options) -> Iterator[Options]:
-    """The options with ports that processes may share, kept for them until the block ends.
+def reserved(options: Options) -> Iterator[Reserved]:
+    """Ports for several processes, kept until the block ends.
+
+    gRPC's library opens its port by itself: there each process has a socket of its own.
 
     Raises:
         UserError: a port is taken, by another server of several processes too.
     """
-    wanted = [(options.http_port, "--port")]
-    if options.grpc_port is not None:
-        wanted.append((options.grpc_port, "--grpc-port"))
-    kept: list[socket.socket] = []
-    try:
-        for port, option in wanted:
-            if port:
-                # One that others may share could be had although another server listens there; this one not.
-                bound(options.host, port, option).close()
-            kept.append(bound(options.host, port, option, shared=True))
-        ports = [each.getsockname()[1] for each in kept]
-        yield replace(options, http_port=ports[0], grpc_port=None if options.grpc_port is None else ports[1])
-    finally:
-        for each in kept:
-            each.close()
+    with contextlib.ExitStack() as kept:
+        listener = kept.enter_context(bound(options.host, options.http_port, "--port"))
+        taken = replace(options, http_port=listener.getsockname()[1])
+        if options.grpc_port is not None:
+            # One that others may share could be had although another server listens there; this one not.
+            if options.grpc_port:
+                bound(options.host, options.grpc_port, "--grpc-port").close()
+            rpc = kept.enter_context(bound(options.host, options.grpc_port, "--grpc-port", shared=True))
+            taken = replace(taken, grpc_port=rpc.getsockname()[1])
+        yield Reserved(taken, listener)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,10 +35,15 @@ class Server:
         roots: names (None: the folder's) and folders of models.
         options: how.
         fleet: the processes that share its ports; None: there is no other.
+        listener: bound to the HTTP port that they share.
     """
 
     def __init__(
-        self, roots: Sequence[tuple[str | None, Path]], options: Options, fleet: Fleet | None = None
+        self,
+        roots: Sequence[tuple[str | None, Path]],
+        options: Options,
+        fleet: Fleet | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
         check_options(options)
         self.options = options
@@ -46,6 +52,7 @@ class Server:
             roots, options.device, options.canary, _tune(options), self._changed, options.tables
         )
         self._fleet = fleet
+        self._listener = listener
         self._service: Service | None = None
         self._ports: Ports | None = None
         self._stop: asyncio.Event | None = None
@@ -84,7 +91,7 @@ class Server:
             UserError: a port is taken.
         """
         self._service = Service(self.repository, self.options, self.metrics, self._fleet)
-        self._ports = Ports(self._service, self.options, shared=self._fleet is not None)
+        self._ports = Ports(self._service, self.options, self._listener)
         self._service.start()
         return await self._ports.open()
 

@@ -112,7 +112,8 @@ class Supervisor:
         self._listening, self._all_ready = asyncio.Event(), asyncio.Event()
         self._take_signals()
         with reserved(self._options) as self._shared:
-            at = addresses(self._shared, self._shared.http_port, self._shared.grpc_port)
+            taken = self._shared.options
+            at = addresses(taken, taken.http_port, taken.grpc_port)
             keeping = [asyncio.create_task(self._keep(place)) for place in range(self._options.processes)]
             beside = [
                 asyncio.create_task(each)
@@ -159,6 +160,8 @@ class Supervisor:
         self._stop.set()
         for worker in self._workers:
             worker.process.terminate()
+        async with self._starting:
+            self._shared.listener.close()  # connections are refused once no process listens any more
         longest = self._options.shutdown_delay + self._options.drain_seconds + 5
         _, late = await asyncio.wait(keeping, timeout=longest)
         if late:
@@ -214,11 +217,16 @@ class Supervisor:
                 return
 
     async def _start(self, place: int) -> _Worker:
-        ours, theirs = socket.socketpair()
-        process = self._context.Process(
-            target=_work, args=(theirs, self._names, self._shared), name=f"mldcn-serve-{place}", daemon=True
-        )
         async with self._starting:
+            if self._stopping:
+                raise ChannelClosed
+            ours, theirs = socket.socketpair()
+            process = self._context.Process(
+                target=_work,
+                args=(theirs, self._names, self._shared.options, self._shared.listener),
+                name=f"mldcn-serve-{place}",
+                daemon=True,
+            )
             await asyncio.to_thread(process.start)
         theirs.close()
         handlers: dict[str, Handler] = {"show": self._show, "hide": self._hide, "metrics": self._metrics}

@@ -20,27 +20,29 @@ from mldcn.serving.server import Server
 from mldcn.serving.totals import Family, snapshot
 
 
-def work(end: socket.socket, models: Sequence[str], options: Options) -> None:
+def work(end: socket.socket, models: Sequence[str], options: Options, listener: socket.socket) -> None:
     """The life of a worker process.
 
     Args:
         end: of a connection with the supervising process.
         models: as the command line names them.
-        options: of the server, with ports that may be shared.
+        options: of the server, with its ports.
+        listener: bound to the HTTP port.
     """
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the supervisor acts on them
         signal.signal(number, signal.SIG_IGN)
     write_logs(requests=options.access_log)
     if options.threads_each is not None:
         torch.set_num_threads(options.threads_each)
-    asyncio.run(_Worker(models, options).run(end))
+    asyncio.run(_Worker(models, options, listener).run(end))
 
 
 class _Worker:
     """A server that opens its ports, loads and switches when it is told to; the fleet as its service sees it."""
 
-    def __init__(self, models: Sequence[str], options: Options) -> None:
-        self._server = Server([parse_path(model) for model in models], options, fleet=self)
+    def __init__(self, models: Sequence[str], options: Options, listener: socket.socket) -> None:
+        paths = [parse_path(model) for model in models]
+        self._server = Server(paths, options, fleet=self, listener=listener)
         self._channel: Channel | None = None
         self._prepared: Prepared | None = None
         self._open = False
