@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 from serving_cases import columns, log
@@ -265,12 +266,28 @@ def test_the_sample_is_a_request_that_works(server, engine):
     assert server.client.get("/v1/sample?model=none").status_code == 404
 
 
-def test_the_lines_of_the_description_work(server, tmp_path):
-    """The Python lines of docs/server.md, run against a server."""
+def described():
+    """The Python lines of docs/server.md."""
     text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_lines_of_the_description_work(server, tmp_path):
+    blocks = [block for block in described() if "127.0.0.1" in block]
     assert len(blocks) == 2
     for block in blocks:
         block = block.replace("127.0.0.1:8000", server.host).replace("127.0.0.1:8001", server.grpc)
         (tmp_path / "lines.py").write_text(block, encoding="utf-8")
         assert len(runpy.run_path(str(tmp_path / "lines.py"))["answer"])
+
+
+def test_the_lines_that_join_outcomes_work(tmp_path, monkeypatch):
+    (joining,) = (block for block in described() if "127.0.0.1" not in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logged" / "ads").mkdir(parents=True)
+    places = {"request_id": ["a", "a", "b"], "candidate": [0, 1, 0]}
+    pl.DataFrame(places | {"item": ["x", "y", "z"]}).write_parquet("logged/ads/1.parquet")
+    pl.DataFrame(places | {"click": [0, 1, 0], "position": [1, 0, 0]}).write_parquet("outcomes.parquet")
+    Path("lines.py").write_text(joining, encoding="utf-8")
+    runpy.run_path("lines.py")
+    assert pl.read_parquet("train.parquet").sort("item")["click"].to_list() == [0, 1, 0]
