@@ -16,6 +16,7 @@ from mldcn.serving.engine import Engine
 from mldcn.serving.options import Options
 from mldcn.serving.repository import parse_path
 from mldcn.serving.server import Addresses, Server
+from mldcn.serving.supervisor import Supervisor
 
 TEXTS = ["user", "item", "tags"]
 NUMBERS = ["age", "price", "distance", "time"]
@@ -45,6 +46,21 @@ def serving(*paths: Path | str, **options) -> Iterator[Running]:
     """Serves folders on free ports until the block ends."""
     options = {"http_port": 0, "grpc_port": 0, "device": "cpu", **options}
     server = Server([parse_path(str(path)) for path in paths], Options(**options))
+    with in_background(server, 60, 30) as at:
+        running = Running(server, at)
+        with running.client:
+            yield running
+
+
+@contextlib.contextmanager
+def in_background(server: Server | Supervisor, starting: float, ending: float) -> Iterator[Addresses]:
+    """Runs a server in a thread until the block ends; raises what ended it.
+
+    Args:
+        server: that is to run.
+        starting: seconds that it may take until it is ready.
+        ending: seconds that it may take to end.
+    """
     found: list[Addresses] = []
     errors: list[BaseException] = []
     ready = threading.Event()
@@ -60,15 +76,13 @@ def serving(*paths: Path | str, **options) -> Iterator[Running]:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(starting)
         if errors:
             raise errors[0]
-        running = Running(server, found[0])
-        with running.client:
-            yield running
+        yield found[0]
     finally:
         server.stop()
-        thread.join(30)
+        thread.join(ending)
         assert not thread.is_alive()
     if errors:
         raise errors[0]

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from batcher_runs import rows, run
 
 from mldcn.serving.batching import Batcher
-from mldcn.serving.encoding import Rows
 from mldcn.serving.engine import Scores
 from mldcn.serving.metrics import Metrics
 from mldcn.serving.options import Batching
@@ -34,25 +34,6 @@ class Echo:
         if any((call.ids == -1).any() for call in calls):
             raise RuntimeError("broken")
         return [Scores(call.ids.astype(np.float32)) for call in calls]
-
-
-def rows(*ids) -> Rows:
-    return Rows(np.array(ids, np.int32).reshape(-1, 1), np.zeros((len(ids), 0), np.float32))
-
-
-def run(test, **options):
-    """Runs a coroutine with a batcher that is at work."""
-
-    async def body():
-        with ThreadPoolExecutor(2) as pool:
-            batcher = Batcher(Batching(**options), pool, Metrics())
-            batcher.start()
-            try:
-                return await test(batcher)
-            finally:
-                await batcher.stop()
-
-    return asyncio.run(body())
 
 
 async def held(engine, batcher):

@@ -2,20 +2,16 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from batcher_runs import rows, run
 from serving_cases import columns, log
 
 from mldcn.predict import Predictor
-from mldcn.serving.batching import Batcher
-from mldcn.serving.encoding import Rows
 from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.export import export_run
-from mldcn.serving.metrics import Metrics
-from mldcn.serving.options import Batching
 from mldcn.serving.refused import Reason, Refused
 from mldcn.serving.store import KINDS, TableFile, write_table
 from mldcn.serving.transfer import PackedRows, Transfer
@@ -37,8 +33,8 @@ def flat(tensors):
 
 def test_what_is_sent_arrives_whatever_its_size():
     transfer = Transfer(CPU)
-    for seed, rows in enumerate([4, 1, 0, 300, 17, 5000, 2]):
-        given = batch(seed, rows)
+    for seed, count in enumerate([4, 1, 0, 300, 17, 5000, 2]):
+        given = batch(seed, count)
         found = transfer.send(given)()
         assert isinstance(found, tuple)
         for sent, received in zip(flat(given), flat(found), strict=True):
@@ -137,23 +133,6 @@ class TwoSteps:
         return score
 
 
-def rows(*ids):
-    return Rows(np.array(ids, np.int32).reshape(-1, 1), np.zeros((len(ids), 0), np.float32))
-
-
-def run(test, **options):
-    async def body():
-        with ThreadPoolExecutor(2) as pool:
-            batcher = Batcher(Batching(rows=1, delay=0.0, **options), pool, Metrics())
-            batcher.start()
-            try:
-                return await test(batcher)
-            finally:
-                await batcher.stop()
-
-    return asyncio.run(body())
-
-
 async def until(condition):
     async with asyncio.timeout(10):
         while not condition():
@@ -173,7 +152,7 @@ def test_the_next_batch_is_looked_up_while_this_one_is_computed_and_no_other():
         engine.scoring.set()
         return [(await task).probabilities[0, 0] for task in tasks]
 
-    assert run(test) == [1, 2, 3]
+    assert run(test, rows=1, delay=0.0) == [1, 2, 3]
     assert [each for each in engine.events if each[0] != "look up"] == [
         (step, number) for number in (1, 2, 3) for step in ("score", "done")
     ]
@@ -189,7 +168,7 @@ def test_a_step_that_fails_refuses_its_own_batch_and_no_other():
         assert isinstance(found[1], Refused)
         assert isinstance(found[3], RuntimeError)
 
-    run(test)
+    run(test, rows=1, delay=0.0)
 
 
 def test_stopping_leaves_nobody_waiting():
@@ -207,4 +186,4 @@ def test_stopping_leaves_nobody_waiting():
             found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [isinstance(each, asyncio.CancelledError | Refused) for each in found] == [True] * 3
 
-    run(test)
+    run(test, rows=1, delay=0.0)

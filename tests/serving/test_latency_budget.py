@@ -72,6 +72,7 @@ class Timed:
     """An engine whose calls take as long on a clock of its own as they are told."""
 
     tasks = ("click",)
+    two_steps = False
 
     def __init__(self, slow):
         self.now = 0.0

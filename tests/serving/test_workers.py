@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as by_grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from serving_clients import Running, expected, rows
+from serving_clients import Running, expected, in_background, rows
 from short_lives import dies
 from test_repository import ask, replace, small_run
 
@@ -61,31 +61,10 @@ def fleet(*models, **options):
         [str(model) for model in models],
         Options(**{"http_port": 0, "grpc_port": 0, "device": "cpu", "processes": 2, "threads": 1, **options}),
     )
-    found, errors, ready = [], [], threading.Event()
-
-    def run():
-        try:
-            server.run(ready=lambda at: (found.append(at), ready.set()))
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            ready.set()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        assert ready.wait(90)
-        if errors:
-            raise errors[0]
-        running = Fleet(server, found[0])
+    with in_background(server, 90, 60) as at:
+        running = Fleet(server, at)
         with running.client:
             yield running
-    finally:
-        server.stop()
-        thread.join(60)
-        assert not thread.is_alive()
-    if errors:
-        raise errors[0]
 
 
 def wait_for(condition, seconds=60):

@@ -60,7 +60,7 @@ def tuned(name: str, engine: Engine, batching: Batching, budget: Budget) -> Batc
         budget,
         batching,
         lambda rows: measure(engine, rows, budget.percentile, batching.workers, beside=lambda: _busy(engine)),
-        held=3 if getattr(engine, "two_steps", False) else 2,
+        held=3 if engine.two_steps else 2,
     )
     log.info(
         "model %s: for %s batches take up to %d rows and wait %.3g ms for company; %.3g ms expected",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from mldcn.serving.ports import Ports
 from mldcn.serving.repository import Repository, Tune
 from mldcn.serving.reserved import Addresses
 from mldcn.serving.service import Fleet, Service
+from mldcn.serving.signals import take_signals
 
 log = logging.getLogger("mldcn.serving")
 
@@ -108,7 +107,7 @@ class Server:
         self, listening: Callable[[Addresses], None], ready: Callable[[Addresses], None]
     ) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._take_signals(self._stop)
+        take_signals(self._stop, self._refresh)
         background: set[asyncio.Task[None]] = set()
         try:
             addresses = await self.open()
@@ -137,21 +136,6 @@ class Server:
             await self.repository.refresh()
         except Exception:
             log.exception("the models' folders cannot be looked at")
-
-    def _take_signals(self, stop: asyncio.Event) -> None:
-        assert self._loop is not None
-        loop = self._loop
-        pending: set[asyncio.Task[None]] = set()
-
-        def refresh() -> None:
-            task = loop.create_task(self._refresh())
-            pending.add(task)
-            task.add_done_callback(pending.discard)
-
-        with contextlib.suppress(RuntimeError, ValueError):  # only the main thread takes signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stop.set)
-            loop.add_signal_handler(signal.SIGHUP, refresh)
 
     def _changed(self, model: str, version: str | None, result: str) -> None:
         if result == "dropped" and version is not None:

@@ -23,6 +23,7 @@ from mldcn.errors import UserError
 from mldcn.serving.channel import Channel, ChannelClosed, Handler
 from mldcn.serving.options import Options, check_options
 from mldcn.serving.reserved import Addresses, addresses, reserved
+from mldcn.serving.signals import take_signals
 from mldcn.serving.totals import Family, Totals
 
 log = logging.getLogger("mldcn.serving")
@@ -110,7 +111,7 @@ class Supervisor:
         self._lock = asyncio.Lock()
         self._starting = asyncio.Lock()
         self._listening, self._all_ready = asyncio.Event(), asyncio.Event()
-        self._take_signals()
+        take_signals(self._stop, self._refresh)
         with reserved(self._options) as self._shared:
             taken = self._shared.options
             at = addresses(taken, taken.http_port, taken.grpc_port)
@@ -137,21 +138,6 @@ class Supervisor:
     async def _announce(self, event: asyncio.Event, tell: Callable[[], None]) -> None:
         await event.wait()
         tell()
-
-    def _take_signals(self) -> None:
-        assert self._loop is not None
-        assert self._stop is not None
-        pending: set[asyncio.Task[None]] = set()
-
-        def refresh() -> None:
-            task = asyncio.ensure_future(self._refresh())
-            pending.add(task)
-            task.add_done_callback(pending.discard)
-
-        with contextlib.suppress(RuntimeError, ValueError):  # only the main thread takes signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._stop.set)
-            self._loop.add_signal_handler(signal.SIGHUP, refresh)
 
     async def _end(self, keeping: Sequence[asyncio.Task[None]]) -> None:
         """Lets every process drain; ends those that take too long."""
