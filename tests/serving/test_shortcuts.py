@@ -1,5 +1,6 @@
-"""Ids of values that came before are those that encoding anew would give."""
+"""The short ways of encoding give what the whole way gives, and are taken."""
 
+import math
 import random
 import threading
 
@@ -9,9 +10,10 @@ import pytest
 from serving_cases import columns, config, log, make_run
 
 from mldcn.errors import UserError
-from mldcn.serving import encoding
-from mldcn.serving.encoding import Part, RawEncoder
+from mldcn.serving import shortcuts
+from mldcn.serving.encoding import Part
 from mldcn.serving.engine import Engine
+from mldcn.serving.raw import RawEncoder
 
 VALUES = ["u1", "u2", "nobody", "", "NA", None, 7, "7", "07", -3, 2**60, 10**25, "x" * 500, "é", " u1"]
 
@@ -88,6 +90,91 @@ def test_mistakes_are_named_as_without_memory(pair, wrong):
     assert str(found.value) == str(expected.value)
 
 
+def outcome(part, given):
+    """What encoding gives, or says."""
+    try:
+        found = part.encode(given)
+    except UserError as error:
+        return str(error)
+    return found.ids.tolist(), found.dense.tolist(), found.unseen, found.missing
+
+
+NUMBERS = [
+    1,
+    0.5,
+    -2,
+    0,
+    1e300,
+    2**53 + 1,
+    2**63,
+    10**25,
+    10**400,
+    None,
+    math.nan,
+    math.inf,
+    True,
+    "3",
+    "x",
+    "NA",
+    [1],
+]
+ELEMENTS = ["i1", "i2", "nobody", "", "NA", "12.0", None, 7, 7.0, True, "a|b", ["i1"], "x" * 500]
+PICTURES = [[0.5, 1, -2, 1e300], [0, 0, 0, 0], [1, 2, 3], [], None, "1|2|3|4", "", [1, None, 2, 3]]
+PICTURES += [
+    ["1", "2", "3", "4"],
+    [math.inf, 0, 0, 0],
+    [True, False, True, True],
+    [[1], [2], [3], [4]],
+    5,
+    "NA",
+]
+
+
+@pytest.mark.parametrize("odd", [0.02, 0.3])
+def test_any_mixture_of_values_is_encoded_or_refused_alike(pair, odd):
+    remembering, plain = pair
+    draw = random.Random(odd)
+
+    def lists(elements, usual):
+        row = [draw.choice(elements if draw.random() < odd else usual) for _ in range(draw.randrange(9))]
+        return draw.choice([row, None, "|".join(map(str, row))]) if draw.random() < odd else row
+
+    read = 0
+    for trial in range(300):
+        given = rows(plain, 5, trial)
+        for name in ("age", "hour", "price", "distance", "time"):
+            given[name] = [draw.choice(NUMBERS) if draw.random() < odd / 2 else each for each in given[name]]
+        if draw.random() < odd:
+            given["picture"][draw.randrange(5)] = draw.choice(PICTURES)
+        given["tags"] = [lists(ELEMENTS, ["red", "blue"]) for _ in range(5)]
+        if draw.random() < odd:
+            given["history"] = [lists(ELEMENTS, ["i1", "i2"]) for _ in range(5)]
+            given["history_times"] = [
+                draw.choice([each and [5] * len(each), None]) for each in given["history"]
+            ]
+            given["history_actions"] = [each and ["view"] * len(each) for each in given["history"]]
+        if draw.random() < odd:
+            del given[draw.choice(list(given))]
+        found, expected = outcome(remembering, given), outcome(plain, given)
+        assert found == expected
+        read += not isinstance(expected, str)
+    assert 10 < read < 300
+
+
+def test_usual_values_take_the_short_way_once_they_are_known(pair, monkeypatch):
+    remembering, plain = pair
+    cases = []
+    for seed in range(3):
+        given = rows(plain, 30, seed)
+        cases += [given, given | {"tags": [text and text.split("|") for text in given["tags"]]}]
+        cases.append({name: values for name, values in given.items() if name != "tags"})
+    for case in cases:
+        same(remembering.encode(case), plain.encode(case))
+    monkeypatch.setattr(Part, "encode", lambda *_: pytest.fail("the whole way"))
+    for case in cases:
+        remembering.encode(case)
+
+
 def test_only_new_values_are_looked_up(pair, monkeypatch):
     remembering, _ = pair
     asked = []
@@ -104,20 +191,31 @@ def test_only_new_values_are_looked_up(pair, monkeypatch):
     assert asked == ["a", "b", "c", None]
 
 
+def test_parts_share_what_the_whole_has_met(pair):
+    remembering, plain = pair
+    given = rows(plain, 20)
+    remembering.encode(given)
+    part = remembering.of(["user", "hashed", "hour"])
+    asked = {name: given[name] for name in ("user", "hashed", "hour")}
+    expected = Part(plain.encoder, ["user", "hashed", "hour"], ["", "NA"]).encode(asked)
+    same(part.encode(asked), expected)
+    assert all(part._shortcuts[name] is remembering._shortcuts[name] for name in asked)
+
+
 def test_memory_is_bounded(pair, monkeypatch):
-    monkeypatch.setattr(encoding, "REMEMBERED", 10)
+    monkeypatch.setattr(shortcuts, "REMEMBERED", 10)
     remembering, plain = pair
     for trial in range(5):
         given = rows(plain, 8, trial)
         given["user"] = [f"{trial}-{i}" for i in range(7)] + ["z" * 65]
         same(remembering.encode(given), plain.encode(given))
-        for memory in remembering._memories:
-            assert len(memory._known) <= 10
-            assert "z" * 65 not in memory._known
+        known = remembering._shortcuts["user"]._memory._known
+        assert 0 < len(known) <= 10
+        assert "z" * 65 not in known
 
 
 def test_threads_may_share_it(pair, monkeypatch):
-    monkeypatch.setattr(encoding, "REMEMBERED", 20)
+    monkeypatch.setattr(shortcuts, "REMEMBERED", 20)
     remembering, plain = pair
     cases = [rows(plain, 30, seed) for seed in range(12)]
     expected = [plain.encode(case) for case in cases]

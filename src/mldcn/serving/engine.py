@@ -24,9 +24,10 @@ from mldcn.metrics import Isotonic, Platt
 from mldcn.model import Ranker
 from mldcn.predict import Predictor, calibrated, unsampled
 from mldcn.run import VERSIONED, RunFolder
-from mldcn.serving.encoding import RawEncoder, Rows
+from mldcn.serving.encoding import Rows
 from mldcn.serving.halves import halves
 from mldcn.serving.options import TableServer
+from mldcn.serving.raw import RawEncoder
 from mldcn.serving.sample import sample_request
 from mldcn.serving.values import Input
 
@@ -119,7 +120,7 @@ class Engine:
         names = {feature.name for feature in encoder.schema.features}
         self._raw = RawEncoder(encoder, names, config.data.missing)
         self._columns = self._raw.columns
-        self._halves = halves(encoder, config.data.missing)
+        self._halves = halves(self._raw)
         self._rates = [label.negative_sampling_rate for label in config.log_schema.labels]
 
     @classmethod

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mldcn import schema as spec
-from mldcn.data.encoder import Encoder
-from mldcn.serving.encoding import RawEncoder
+from mldcn.serving.raw import RawEncoder
 from mldcn.serving.values import constant_names, inputs_of
 
 
@@ -24,10 +21,10 @@ def shared_features(schema: spec.Schema) -> frozenset[str]:
     return frozenset(found)
 
 
-def halves(encoder: Encoder, missing: Sequence[str]) -> tuple[RawEncoder, RawEncoder] | None:
+def halves(whole: RawEncoder) -> tuple[RawEncoder, RawEncoder] | None:
     """What the candidates of a request share, and their own; None where one of the two is empty."""
-    shared = shared_features(encoder.schema)
-    own = {feature.name for feature in encoder.schema.features} - shared
+    shared = shared_features(whole.encoder.schema)
+    own = {feature.name for feature in whole.encoder.schema.features} - shared
     if not shared or not own:
         return None
-    return RawEncoder(encoder, shared, missing), RawEncoder(encoder, own, missing)
+    return whole.of(shared), whole.of(own)
