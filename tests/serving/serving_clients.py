@@ -13,10 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_cases import columns, log
 
 from mldcn.serving.engine import Engine
-from mldcn.serving.options import Options
-from mldcn.serving.repository import parse_path
-from mldcn.serving.server import Addresses, Server
-from mldcn.serving.supervisor import Supervisor
+from mldcn.serving.server.options import Options
+from mldcn.serving.server.repository import parse_path
+from mldcn.serving.server.server import Addresses, Server
+from mldcn.serving.server.supervisor import Supervisor
 
 TEXTS = ["user", "item", "tags"]
 NUMBERS = ["age", "price", "distance", "time"]

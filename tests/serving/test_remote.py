@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 from mldcn.cli import app
 from mldcn.errors import UserError
 from mldcn.serving.engine import Engine
-from mldcn.serving.options import TableServer
 from mldcn.serving.program import LookUp
 from mldcn.serving.refused import Reason, Refused
 from mldcn.serving.remote import (
     CHUNK_ROWS,
     RemoteTable,
     RowCache,
+    TableServer,
     remote_rows,
     remove_tables,
     upload_tables,

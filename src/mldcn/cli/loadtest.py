@@ -75,7 +75,7 @@ def loadtest(
         raise UserError(f"loadtest needs {error.name}; run: pip install 'mldcn[loadtest]'") from None
     from mldcn.console import err
     from mldcn.console import out as screen
-    from mldcn.serving.options import read_token
+    from mldcn.serving.server.options import read_token
 
     plan = Plan(
         url,

@@ -12,9 +12,9 @@ from mldcn.cli.arguments import RunPath
 from mldcn.errors import UserError
 
 if TYPE_CHECKING:
-    from mldcn.serving.options import Options
-    from mldcn.serving.server import Server
-    from mldcn.serving.supervisor import Supervisor
+    from mldcn.serving.server.options import Options
+    from mldcn.serving.server.server import Server
+    from mldcn.serving.server.supervisor import Supervisor
 
 
 class ExportTarget(StrEnum):
@@ -210,16 +210,16 @@ def serve(
     Example: mldcn serve runs/mldcn
     """
     try:
-        from mldcn.serving.calls import write_logs
+        from mldcn.serving.server.calls import write_logs
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
-    from mldcn.serving.options import (
+    from mldcn.serving.remote import TableServer
+    from mldcn.serving.server.options import (
         Batching,
         Budget,
         Limits,
         Options,
         RequestLogging,
-        TableServer,
         read_token,
     )
 
@@ -257,11 +257,11 @@ def serve(
 def _server(models: list[str], options: Options) -> Server | Supervisor:
     try:
         if options.processes > 1:
-            from mldcn.serving.supervisor import Supervisor
+            from mldcn.serving.server.supervisor import Supervisor
 
             return Supervisor(models, options)
-        from mldcn.serving.repository import parse_path
-        from mldcn.serving.server import Server
+        from mldcn.serving.server.repository import parse_path
+        from mldcn.serving.server.server import Server
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'mldcn[serve]'") from None
     if options.threads is not None:

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from mldcn.errors import UserError
 from mldcn.loadtest.traffic import Ask, Columns
-from mldcn.serving.grpc_messages import MESSAGES, SERVICE
-from mldcn.serving.ranking import ARROW_KEY, ARROW_TYPE
+from mldcn.serving.server.grpc_messages import MESSAGES, SERVICE
+from mldcn.serving.server.ranking import ARROW_KEY, ARROW_TYPE
 
 Transport = Literal["json", "arrow", "grpc"]
 _REMEDY = "is 'mldcn serve' running there?"

@@ -45,9 +45,9 @@ from mldcn.metrics import calibrator_from_json
 from mldcn.model import pick_device
 from mldcn.serving.engine import Engine, Program, content_version
 from mldcn.serving.hybrid import BundleProgram, Function, PerRequestProgram
-from mldcn.serving.options import TableServer
 from mldcn.serving.program import LookUp, OpenTable, Tables, table_files
 from mldcn.serving.refused import Refused
+from mldcn.serving.remote import TableServer
 from mldcn.serving.transfer import Transfer
 
 FORMAT = 2

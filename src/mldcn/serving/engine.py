@@ -26,8 +26,8 @@ from mldcn.predict import Predictor, calibrated, unsampled
 from mldcn.run import VERSIONED, RunFolder
 from mldcn.serving.encoding import Rows
 from mldcn.serving.halves import halves
-from mldcn.serving.options import TableServer
 from mldcn.serving.raw import RawEncoder
+from mldcn.serving.remote import TableServer
 from mldcn.serving.sample import sample_request
 from mldcn.serving.values import Input
 

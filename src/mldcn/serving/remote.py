@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,7 +27,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mldcn.errors import UserError
-from mldcn.serving.options import TableServer
 from mldcn.serving.program import LookUp, OpenTable
 from mldcn.serving.refused import Reason, Refused
 from mldcn.serving.store import gathered, row_bytes
@@ -49,6 +49,19 @@ for i = 1, #ARGV[1] / 8 do
 end
 return table.concat(found)
 """
+
+
+@dataclass(frozen=True)
+class TableServer:
+    """Where bundles' tables lie that are not on this machine.
+
+    Attributes:
+        url: as ``redis://host:6379/0``.
+        cache_bytes: memory for rows that were asked for last, of each bundle.
+    """
+
+    url: str
+    cache_bytes: int = 256 << 20
 
 
 class RowStore(Protocol):
