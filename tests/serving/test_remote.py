@@ -290,6 +290,23 @@ def test_a_bundle_answers_the_same_with_its_tables_elsewhere(small_bundle, table
 
 
 @needs_redis
+def test_metrics_tell_rows_from_the_cache_from_those_of_the_server(tableless, redis_url):
+    with serving(tableless, tables=TableServer(redis_url)) as running:
+        request = running.client.get("/v1/sample").json()
+        answer = running.client.post("/v1/rank", json=request).json()
+        labels = {"model": tableless.name, "version": answer["version"]}
+
+        def asked(source):
+            return running.metric("mldcn_table_rows_total", **labels, source=source)
+
+        before = asked("cache"), asked("server")
+        assert before[1] > 0
+        running.client.post("/v1/rank", json=request)
+        assert asked("cache") > before[0]
+        assert asked("server") == before[1]
+
+
+@needs_redis
 def test_what_has_no_tables_to_replace_is_said(small_run, tableless, redis_url):
     with pytest.raises(UserError, match="a run has its tables in its model; --tables needs a bundle"):
         Engine.load(small_run.path, "cpu", TableServer(redis_url))

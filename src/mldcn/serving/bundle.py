@@ -47,7 +47,7 @@ from mldcn.serving.engine import Engine, Program, content_version
 from mldcn.serving.hybrid import BundleProgram, Function, PerRequestProgram
 from mldcn.serving.program import LookUp, OpenTable, Tables, table_files
 from mldcn.serving.refused import Refused
-from mldcn.serving.remote import TableServer
+from mldcn.serving.remote import RemoteTables, TableServer
 from mldcn.serving.transfer import Transfer
 
 FORMAT = 2
@@ -133,14 +133,16 @@ def open_bundle(path: Path, device: str = "auto", tables: TableServer | None = N
     facts = verified(path, tables=tables is None)
     calibrators = _read(path / "calibrators.json") if (path / "calibrators.json").is_file() else {}
     try:
+        remote = None if tables is None else _remote(path, facts, tables)
         engine = Engine(
             str(facts["name"]),
             content_version(path / MANIFEST),
             load_config(path / "config.yaml"),
             Encoder.load(path / "encoder", check=False),  # the manifest's checksums held
             {task: calibrator_from_json(raw) for task, raw in calibrators.items()},
-            open_program(path, facts, device, None if tables is None else _remote(path, facts, tables)),
+            open_program(path, facts, device, remote),
             _read(path / SAMPLE),
+            remote,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / BUNDLE}: damaged ({error!r}); export the run again") from None
@@ -151,8 +153,7 @@ def open_bundle(path: Path, device: str = "auto", tables: TableServer | None = N
     return engine
 
 
-def _remote(path: Path, facts: dict[str, Any], server: TableServer) -> OpenTable:
-    from mldcn.serving.remote import remote_tables
+def _remote(path: Path, facts: dict[str, Any], server: TableServer) -> RemoteTables:
 
     plan = plan_of(facts)
     if not plan:
@@ -160,12 +161,17 @@ def _remote(path: Path, facts: dict[str, Any], server: TableServer) -> OpenTable
             f"{path}: has its tables in its program, which --tables cannot replace; export the run to "
             "torch-export or aoti"
         )
-    return remote_tables(server, content_version(path / MANIFEST), plan)
+    return RemoteTables(server, content_version(path / MANIFEST), plan)
 
 
 def plan_of(facts: dict[str, Any]) -> list[LookUp]:
     """The look-ups of a bundle; none where the program holds the tables."""
-    return [LookUp(**each) for each in facts["look_ups"]]
+    return look_ups(facts["look_ups"])
+
+
+def look_ups(plan: list[dict[str, Any]]) -> list[LookUp]:
+    """Look-ups as ``bundle.json`` says them."""
+    return [LookUp(**each) for each in plan]
 
 
 def open_program(
@@ -196,7 +202,7 @@ def open_program(
     opened = open_table or table_files(path / "tables")
 
     def tables(plan: list[dict[str, Any]]) -> Tables:
-        return Tables(opened, [LookUp(**each) for each in plan])
+        return Tables(opened, look_ups(plan))
 
     requests = facts.get("requests")
     per_request = None

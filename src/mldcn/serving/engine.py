@@ -27,7 +27,7 @@ from mldcn.run import VERSIONED, RunFolder
 from mldcn.serving.encoding import Rows
 from mldcn.serving.halves import halves
 from mldcn.serving.raw import RawEncoder
-from mldcn.serving.remote import TableServer
+from mldcn.serving.remote import RemoteTables, TableServer
 from mldcn.serving.sample import sample_request
 from mldcn.serving.values import Input
 
@@ -98,6 +98,7 @@ class Engine:
         calibrators: of the tasks that have one.
         program: from encoded rows to logits.
         sample: a request, the probabilities of its answer and how far others may lie apart.
+        remote: its tables, where they lie on another machine.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Engine:
         calibrators: Mapping[str, Platt | Isotonic],
         program: Program,
         sample: dict[str, Any] | None = None,
+        remote: RemoteTables | None = None,
     ) -> None:
         self.name = name
         self.version = version
@@ -116,6 +118,7 @@ class Engine:
         self.encoder = encoder
         self._calibrators = dict(calibrators)
         self.program = program
+        self.remote = remote
         self._sample = sample
         names = {feature.name for feature in encoder.schema.features}
         self._raw = RawEncoder(encoder, names, config.data.missing)

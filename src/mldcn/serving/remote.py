@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mldcn.errors import UserError
-from mldcn.serving.program import LookUp, OpenTable
+from mldcn.serving.program import LookUp
 from mldcn.serving.refused import Reason, Refused
 from mldcn.serving.store import gathered, row_bytes
 
@@ -232,20 +232,35 @@ class RowCache:
         return ((mixed >> np.uint64(32)) % np.uint64(self._sets)).astype(np.int64)
 
 
-def remote_tables(server: TableServer, version: str, plan: Sequence[LookUp]) -> OpenTable:
+class RemoteTables:
     """The tables of a bundle that was uploaded, each with its share of the cache.
+
+    Args:
+        server: where they lie.
+        version: the bundle's.
+        plan: its look-ups.
 
     Raises:
         UserError: the server cannot be reached, or does not hold all of them.
     """
-    store = remote_rows(server.url, version, plan)
-    # All rows of a table would take so much; a little more, as not all sets fill alike.
-    whole = {
-        each.file: 1.25 * each.rows * (row_bytes(each.kind, each.width) + RowCache.NOTES) for each in plan
-    }
-    share = min(1.0, server.cache_bytes / max(sum(whole.values()), 1))
-    opened = {each.file: RemoteTable(store, each, int(share * whole[each.file])) for each in plan}
-    return lambda each: opened[each.file]
+
+    def __init__(self, server: TableServer, version: str, plan: Sequence[LookUp]) -> None:
+        store = remote_rows(server.url, version, plan)
+        # All rows of a table would take so much; a little more, as not all sets fill alike.
+        whole = {
+            each.file: 1.25 * each.rows * (row_bytes(each.kind, each.width) + RowCache.NOTES) for each in plan
+        }
+        share = min(1.0, server.cache_bytes / max(sum(whole.values()), 1))
+        self._opened = {each.file: RemoteTable(store, each, int(share * whole[each.file])) for each in plan}
+
+    def __call__(self, plan: LookUp) -> RemoteTable:
+        """The table of a look-up."""
+        return self._opened[plan.file]
+
+    def asked(self) -> dict[str, int]:
+        """How many rows batches have asked for: those in the ``cache``, and those of the ``server``."""
+        caches = [each.cache for each in self._opened.values()]
+        return {"cache": sum(each.hits for each in caches), "server": sum(each.misses for each in caches)}
 
 
 def remote_rows(url: str, version: str, plan: Sequence[LookUp]) -> RedisRows:

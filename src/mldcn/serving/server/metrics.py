@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:  # a supervising process, which computes nothing, does without PyTorch
@@ -107,6 +107,29 @@ class Metrics:
     def text(self) -> bytes:
         """Everything, in Prometheus' format."""
         return generate_latest(self.registry)
+
+
+class RemoteRows(Collector):
+    """How many rows of tables on another machine were asked for, and how many of them were in memory.
+
+    Args:
+        asked: gives ``(model, version, rows by where they came from)``.
+    """
+
+    def __init__(self, asked: Callable[[], Iterable[tuple[str, str, Mapping[str, int]]]]) -> None:
+        self._asked = asked
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The series."""
+        family = CounterMetricFamily(
+            "mldcn_table_rows",
+            "Rows of tables on another machine: found in the cache, or asked of the server.",
+            labels=("model", "version", "source"),
+        )
+        for model, version, rows in self._asked():
+            for source, count in rows.items():
+                family.add_metric((model, version, source), count)
+        yield family
 
 
 class ScoreHistogram(Collector):

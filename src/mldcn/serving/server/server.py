@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mldcn.serving.server.latency import tuned
-from mldcn.serving.server.metrics import Metrics
+from mldcn.serving.server.metrics import Metrics, RemoteRows
 from mldcn.serving.server.options import Options, check_options
 from mldcn.serving.server.ports import Ports
 from mldcn.serving.server.repository import Repository, Tune
@@ -50,6 +50,8 @@ class Server:
         self.repository = Repository(
             roots, options.device, options.canary, _tune(options), self._changed, options.tables
         )
+        if options.tables is not None:
+            self.metrics.registry.register(RemoteRows(self._table_rows))
         self._fleet = fleet
         self._listener = listener
         self._service: Service | None = None
@@ -136,6 +138,12 @@ class Server:
             await self.repository.refresh()
         except Exception:
             log.exception("the models' folders cannot be looked at")
+
+    def _table_rows(self) -> Iterator[tuple[str, str, dict[str, int]]]:
+        for model, versions in self.repository.models.items():
+            for each in versions:
+                if each.engine.remote is not None:
+                    yield model, each.label, each.engine.remote.asked()
 
     def _changed(self, model: str, version: str | None, result: str) -> None:
         if result == "dropped" and version is not None:
