@@ -210,7 +210,7 @@ def test_nulls_in_json_are_missing_values(server, engine):
     [
         (b"", {}, "no JSON"),
         (b"[1, 2]", {}, "body: "),
-        (b"[" * 100_000, {}, "nested too deeply|no JSON"),
+        (b"[" * 100_000, {}, "no JSON: recursion limit"),
         (b'{"inputs": [{"name": "item"}]}', {}, "inputs.0.shape: Field required"),
         (
             b'{"inputs": [{"name": "item", "shape": [1], "datatype": "TEXT", "data": ["a"]}]}',

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from mldcn.predict import PROBABILITY
 from mldcn.serving.engine import Engine, Scores
@@ -108,16 +109,11 @@ def columns_of(request: RankRequest) -> dict[str, Sequence[Any]]:
 
 
 def load_json(body: bytes | memoryview) -> Any:
-    """JSON, whatever was sent for it."""
+    """JSON in UTF-8, whatever was sent for it."""
     try:
-        return json.loads(bytes(body))
-    except RecursionError:
-        raise invalid("the body is nested too deeply") from None
+        return from_json(bytes(body))  # a fifth of the time of the standard library's
     except ValueError as error:
-        words = (
-            error.msg if isinstance(error, json.JSONDecodeError) else "it is no UTF-8, or a number too long"
-        )
-        raise invalid(f"the body is no JSON: {words}") from None
+        raise invalid(f"the body is no JSON: {error}") from None
 
 
 def validated(form: type[Form], raw: Any) -> Form:
