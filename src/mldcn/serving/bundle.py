@@ -249,7 +249,11 @@ def _onnx_program(file: Path) -> Program:
         import onnxruntime
     except ImportError:
         raise UserError(f"{file}: needs ONNX Runtime; pip install 'mldcn[onnx]'") from None
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait in a loop take the cores from those that read the next requests.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     wanted = {each.name for each in session.get_inputs()}
 
     def program(

@@ -25,7 +25,8 @@ class Metrics:
     """A server's counters; several servers of one process do not share them."""
 
     def __init__(self) -> None:
-        self._served: set[tuple[str, str]] = set()
+        # By model and version: the series of features, whose finding takes longer than counting.
+        self._served: dict[tuple[str, str], dict[tuple[Counter, str], Counter]] = {}
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter(
@@ -84,22 +85,26 @@ class Metrics:
 
     def scored(self, model: str, version: str, tasks: Iterable[str], scores: Scores) -> None:
         """Counts one answer. One of a version that is served no more would bring its series back."""
-        if (model, version) not in self._served:
+        series = self._served.get((model, version))
+        if series is None:
             return
         self.rows.labels(model, version).inc(len(scores))
         for counter, found in ((self.unseen, scores.unseen), (self.missing, scores.missing)):
             for feature, count in found.items():
-                counter.labels(model, version, feature).inc(count)
+                if (counter, feature) not in series:
+                    series[counter, feature] = counter.labels(model, version, feature)
+                if count:
+                    series[counter, feature].inc(count)
         for place, task in enumerate(tasks):
             self.scores.add((model, version, task), scores.probabilities[:, place])
 
     def serve(self, model: str, version: str) -> None:
         """Begins the series of a version."""
-        self._served.add((model, version))
+        self._served.setdefault((model, version), {})
 
     def forget(self, model: str, version: str) -> None:
         """Drops the series of a version that is served no more, or they would pile up."""
-        self._served.discard((model, version))
+        self._served.pop((model, version), None)
         for counter in (self.rows, self.unseen, self.missing):
             counter.remove_by_labels({"model": model, "version": version})
         self.scores.forget(model, version)

@@ -37,8 +37,12 @@ def bound(host: str, port: int, option: str, *, shared: bool = False) -> socket.
     Raises:
         UserError: the port is taken.
     """
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends at once only on connections of a socket that says that it is TCP. Others keep a body back
+    # until the caller has acknowledged its head, for which a caller takes up to 40 ms.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -204,15 +204,19 @@ def columns_of(tensors: Sequence[Tensor], engine: Engine, limits: Limits) -> dic
     return found
 
 
-def check_values(name: str, values: Iterable[Any], limits: Limits) -> None:
+def check_values(name: str, values: Sequence[Any], limits: Limits) -> None:
     """Refuses texts that are too long, and values that are neither plain nor lists of plain ones."""
-    longest = 0
-    for value in values:
-        for each in value if isinstance(value, list) else (value,):
-            if isinstance(each, str):
-                longest = max(longest, len(each))
-            elif isinstance(each, list | dict):
-                raise invalid(f"{name!r}: a value is a text, a number, true, false, null or a list of these")
+    kinds = set(map(type, values))
+    if list in kinds:
+        values = list(
+            itertools.chain.from_iterable(each if type(each) is list else (each,) for each in values)
+        )
+        kinds = set(map(type, values))
+    if kinds & {list, dict}:
+        raise invalid(f"{name!r}: a value is a text, a number, true, false, null or a list of these")
+    if str not in kinds:
+        return
+    longest = max(len(each) for each in values if type(each) is str)
     if longest > limits.text_bytes:
         raise Refused(
             Reason.TOO_LARGE,
