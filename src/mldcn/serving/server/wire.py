@@ -216,12 +216,16 @@ def check_values(name: str, values: Sequence[Any], limits: Limits) -> None:
         raise invalid(f"{name!r}: a value is a text, a number, true, false, null or a list of these")
     if str not in kinds:
         return
-    longest = max(len(each) for each in values if type(each) is str)
+    longest = max(map(len, values if kinds == {str} else filter(_is_text, values)))
     if longest > limits.text_bytes:
         raise Refused(
             Reason.TOO_LARGE,
             f"{name!r}: a text of {longest} characters is longer than {limits.text_bytes}",
         )
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str
 
 
 def output_names(engine: Engine, asked: Sequence[str]) -> list[str]:
