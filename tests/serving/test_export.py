@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from serving_cases import columns, config, log, make_run
+from serving_cases import SIMPLE, columns, config, log, make_run
 from typer.testing import CliRunner
 
 from mldcn.cli import app
@@ -24,6 +24,7 @@ from mldcn.serving.export import export_run
 from mldcn.serving.whole import _Served
 
 ROWS = 10_000
+SPINNING = "session.intra_op.allow_spinning"
 MODELS = {
     "mldcn": {"name": "mldcn", "rank": 4, "num_layers": 2},
     "dcnv2": {"name": "dcnv2", "num_layers": 2},
@@ -155,6 +156,22 @@ def test_bf16_weights_and_tables_change_little(tmp_path, rows):
     assert exported.difference > 0
 
 
+def test_onnx_runtime_takes_the_threads_that_pytorch_has(tmp_path, monkeypatch):
+    bundled(tmp_path, config({"name": "dnn", "hidden": [4]}, SIMPLE), "onnx")
+    made = []
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, file, settings, **options):
+            made.append((settings.intra_op_num_threads, settings.get_session_config_entry(SPINNING)))
+            super().__init__(file, settings, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    Engine.load(tmp_path / "bundle", "cpu")
+    assert made == [(3, "0")]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
 @pytest.mark.parametrize(
     "calibrator",
     [
@@ -164,7 +181,6 @@ def test_bf16_weights_and_tables_change_little(tmp_path, rows):
         Isotonic(np.array([0.5]), np.array([0.3])),
     ],
 )
-@pytest.mark.parametrize("rate", [1.0, 0.1])
 def test_an_onnx_files_last_steps_are_those_of_predict(calibrator, rate):
     scores = np.concatenate([np.linspace(0, 1, 1001), [0.2, 1e-9, 1 - 1e-7]]).astype(np.float32)[:, None]
     expected = unsampled(calibrated(scores, ["t"], {"t": calibrator} if calibrator else {}), [rate])

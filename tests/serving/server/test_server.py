@@ -1,5 +1,6 @@
 """A server's life: ready when warm, full queues, deadlines, limits, tokens, logs, counts, an orderly end."""
 
+import asyncio
 import json
 import os
 import re
@@ -24,7 +25,9 @@ from tritonclient.utils import InferenceServerException
 
 from mldcn.errors import UserError
 from mldcn.serving.server import repository
+from mldcn.serving.server import server as whole
 from mldcn.serving.server.options import Batching, Limits, Options, is_loopback, read_token
+from mldcn.serving.server.reserved import bound
 from mldcn.serving.server.server import Server
 
 
@@ -411,6 +414,24 @@ def test_concurrent_callers_of_both_transports_get_their_own_answers(served_run,
                 each.result()
         assert running.metric("mldcn_batch_requests_sum") == 40
         assert running.metric("mldcn_batch_requests_count") < 40
+
+
+def test_answers_are_not_kept_back_until_the_caller_acknowledges_their_heads():
+    with bound("127.0.0.1", 0, "--port") as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as served:
+            assert served.proto == socket.IPPROTO_TCP  # asyncio asks for it
+            assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_servers_process_hides_what_stays_from_the_collector(served_run, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(whole.gc, "freeze", lambda: frozen.append(True))
+    with serving(served_run):  # in a thread of this program
+        assert not frozen
+    made = Server([(None, served_run)], Options(http_port=0, grpc_port=None, device="cpu"))
+    asyncio.run(made.repository.load())
+    assert frozen
 
 
 def test_a_taken_port_is_named(served_run):
