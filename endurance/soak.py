@@ -5,7 +5,7 @@ measured first, with swaps, comes in open loop (it does not slow down when the s
 compared with what the version that it names gives for that request. A new version is put in place every 20
 seconds; every minute a worker is stopped, its connections are noted, and it is killed with SIGKILL. Lost are
 requests without an answer: those that the killed worker had in hand are counted apart from any others, of which
-there must be none, and so are those sent to it between its end and the moment at which its sockets were closed.
+there must be none, and so are those sent on its connections before their callers noticed that they were closed.
 
     python endurance/soak.py --out docs/results/soak.json     # ten minutes
     python endurance/soak.py --minutes 3 --processes 2
@@ -199,10 +199,12 @@ class Load:
 
     def _lost(self, asked: Asked, connection: Connection | None, error: BaseException) -> None:
         ports, begin, end = self.dying
-        its_own = connection is None or connection.port in ports or connection.begun >= begin
+        # Nobody else answers on a killed worker's connections; until its callers notice, they go on sending.
+        its_own = connection is not None and connection.port in ports and connection.begun < begin
+        while_it_ended = (connection is None or connection.begun >= begin) and begin <= asked.sent <= end
         if asked.number in self.in_hand:
             self.found.lost_in_hand += 1
-        elif its_own and begin <= asked.sent <= end:
+        elif its_own or while_it_ended:
             self.found.lost_at_its_end += 1
         else:
             self.found.lost_otherwise += 1
