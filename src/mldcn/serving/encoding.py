@@ -61,8 +61,8 @@ class Part:
         self.encoder = Encoder(schema, encoder.tables, encoder.numerics, encoder.boundaries)
         self.columns = Columns(schema, missing)
         self.missing = tuple(missing)
-        self.ids = _places([slot.columns for slot in encoder.layout.ids if slot.feature in features])
-        self.dense = _places([slot.columns for slot in encoder.layout.dense if slot.feature in features])
+        self.ids = places([slot.columns for slot in encoder.layout.ids if slot.feature in features])
+        self.dense = places([slot.columns for slot in encoder.layout.dense if slot.feature in features])
 
     def is_given(self, constant: Mapping[str, Any], candidates: Mapping[str, Any]) -> bool:
         """Whether a request gives all of it once."""
@@ -112,5 +112,6 @@ def _values(encoder: Encoder) -> list[IdSlot]:
     return [slot for slot in encoder.layout.ids if slot.role == "values"]
 
 
-def _places(slices: Sequence[slice]) -> NDArray[np.int64]:
+def places(slices: Sequence[slice]) -> NDArray[np.int64]:
+    """All columns of some slices."""
     return np.array([column for each in slices for column in range(each.start, each.stop)], np.int64)

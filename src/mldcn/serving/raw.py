@@ -9,7 +9,7 @@ import numpy as np
 
 from mldcn.data.encoder import Encoder
 from mldcn.errors import UserError
-from mldcn.serving.encoding import Part, Rows, missing_ids, unseen_ids
+from mldcn.serving.encoding import Part, Rows, missing_ids, places, unseen_ids
 from mldcn.serving.shortcuts import Shortcut, Unusual, shortcut
 
 FEW = 4096  # rows; of more than that the columns' own work is the greater part
@@ -38,14 +38,9 @@ class RawEncoder(Part):
             each.name: shortcuts[each.name] if shortcuts else shortcut(encoder, each, missing) for each in own
         }
         layout = self.encoder.layout
-        self._ids = {
-            name: [c for slot in layout.ids if slot.feature == name for c in _range(slot.columns)]
-            for name in self._shortcuts
-        }
-        self._dense = {
-            name: [c for slot in layout.dense if slot.feature == name for c in _range(slot.columns)]
-            for name in self._shortcuts
-        }
+        names = self._shortcuts
+        self._ids = {n: places([slot.columns for slot in layout.ids if slot.feature == n]) for n in names}
+        self._dense = {n: places([slot.columns for slot in layout.dense if slot.feature == n]) for n in names}
 
     def of(self, features: Collection[str]) -> RawEncoder:
         """The encoder of some of these features, with the same memory."""
@@ -76,7 +71,3 @@ class RawEncoder(Part):
             if lacking is not None:
                 missing[name] = lacking
         return Rows(ids, dense, unseen_ids(self.encoder, ids), missing_ids(self.encoder, ids) | missing)
-
-
-def _range(columns: slice) -> range:
-    return range(columns.start, columns.stop)

@@ -25,7 +25,6 @@ from tritonclient.utils import InferenceServerException
 
 from mldcn.errors import UserError
 from mldcn.serving.server import repository
-from mldcn.serving.server import server as whole
 from mldcn.serving.server.options import Batching, Limits, Options, is_loopback, read_token
 from mldcn.serving.server.reserved import bound
 from mldcn.serving.server.server import Server
@@ -426,7 +425,7 @@ def test_answers_are_not_kept_back_until_the_caller_acknowledges_their_heads():
 
 def test_a_servers_process_hides_what_stays_from_the_collector(served_run, monkeypatch):
     frozen = []
-    monkeypatch.setattr(whole.gc, "freeze", lambda: frozen.append(True))
+    monkeypatch.setattr(repository.gc, "freeze", lambda: frozen.append(True))
     with serving(served_run):  # in a thread of this program
         assert not frozen
     made = Server([(None, served_run)], Options(http_port=0, grpc_port=None, device="cpu"))

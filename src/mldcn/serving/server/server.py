@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,17 +25,6 @@ def _tune(options: Options) -> Tune | None:
     if budget is None:
         return None
     return lambda name, engine: tuned(name, engine, options.batching, budget)
-
-
-def _settle() -> None:
-    """Takes all that is there out of the sight of Python's collector of cycles.
-
-    It passes over all objects again and again, and holds up every request meanwhile: for 0.1 to 0.2 s when PyTorch
-    and a model are loaded, which are there to stay.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
 
 
 class Server:
@@ -159,8 +146,6 @@ class Server:
                     yield model, each.label, each.engine.remote.asked()
 
     def _changed(self, model: str, version: str | None, result: str) -> None:
-        if threading.current_thread() is threading.main_thread():  # else it is a part of another program
-            _settle()
         if result == "dropped" and version is not None:
             self.metrics.forget(model, version)
             return
