@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batcher_runs import rows, run
+from in_threads import in_threads
 from serving_cases import columns, log
 
 from mldcn.predict import Predictor
@@ -63,11 +64,7 @@ def test_several_threads_may_send():
             if not all(torch.equal(a, b) for a, b in zip(flat(given), flat(found), strict=True)):
                 wrong.append((number, turn))
 
-    threads = [threading.Thread(target=send, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(send)
     assert not wrong
 
 

@@ -7,12 +7,12 @@ import contextlib
 import shutil
 import socket
 import subprocess
-import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from in_threads import in_threads
 from serving_cases import columns, log
 from serving_clients import serving
 from typer.testing import CliRunner
@@ -120,11 +120,7 @@ def test_threads_share_a_cache(tmp_path, table):
             if not torch.equal(there.look_up(rows), here.look_up(rows)):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(ask)
     assert not wrong
 
 

@@ -2,11 +2,11 @@
 
 import math
 import random
-import threading
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from in_threads import in_threads
 from serving_cases import columns, config, log, make_run
 
 from mldcn.errors import UserError
@@ -228,9 +228,5 @@ def test_threads_may_share_it(pair, monkeypatch):
             if not np.array_equal(remembering.encode(cases[i]).ids, expected[i].ids):
                 failed.append(i)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not failed
