@@ -498,7 +498,7 @@ def check(
 
     Args:
         work: an empty folder.
-        copies: of every kind of file.
+        copies: of every artefact, each with another of its files damaged in turn.
         rows: of the log that they are made from.
         first: number of the first copy.
         seed: of the damage.
@@ -513,14 +513,12 @@ def check(
     builder.join()
     if builder.exitcode:
         raise RuntimeError("the undamaged artefacts could not be made")
-    trials = [
-        Trial(artefact.name, kind, number)
-        for artefact in artefacts(work).values()
-        for kind in artefact.kinds
-        if only is None or f"{artefact.name}/{kind}".startswith(only)
-        if artefact.name not in skip
-        for number in range(first, first + copies)
-    ]
+    trials = []
+    for artefact in artefacts(work).values():
+        kinds = [kind for kind in artefact.kinds if f"{artefact.name}/{kind}".startswith(only or "")]
+        if kinds and artefact.name not in skip:
+            numbers = range(first, first + copies)
+            trials += [Trial(artefact.name, kinds[number % len(kinds)], number) for number in numbers]
     counts: dict[tuple[str, str], Counter[str]] = {}
     violations = []
 
@@ -544,7 +542,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--copies", type=int, default=1000, help="of every kind of file")
+    parser.add_argument("--copies", type=int, default=1000, help="of every artefact, its files damaged in turn")
     parser.add_argument("--first", type=int, default=0, help="number of the first copy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="artefact/kind of file, or the beginning of it")
