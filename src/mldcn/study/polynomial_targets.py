@@ -53,7 +53,7 @@ def _combined(generator: torch.Generator) -> Target:
     The paper leaves the number of inputs and the scales open. The sine's weights have norm 1/4: its cube, which
     holds every product of three inputs, then lies below the noise, and so do its higher orders.
     """
-    features, size = 20, 0.2
+    features, size = 10, 0.2
     parts = [
         _monomials(features, order, size * torch.randn(terms, generator=generator), generator)
         for order, terms in ((2, 20), (3, 10), (4, 5))
