@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from serving_cases import SIMPLE, config, make_run
 from serving_clients import serving
 
+from every_feature import SIMPLE, config, make_run
 from mldcn.predict import Predictor
 from mldcn.serving.engine import Engine
 from mldcn.serving.export import export_run

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
-from serving_cases import columns, log
 
+from every_feature import columns, log
 from mldcn.serving.engine import Engine
 from mldcn.serving.server.options import Options
 from mldcn.serving.server.repository import parse_path

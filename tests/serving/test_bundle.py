@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from serving_cases import columns, log
 
+from every_feature import columns, log
 from mldcn.data.reading import digest
 from mldcn.errors import UserError
 from mldcn.predict import Predictor

@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from serving_cases import columns, config, log, make_run
 
+from every_feature import columns, config, log, make_run
 from mldcn.data.reading import open_log
 from mldcn.errors import UserError
 from mldcn.predict import Predictor, predict_file

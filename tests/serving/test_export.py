@@ -11,9 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from serving_cases import SIMPLE, columns, config, log, make_run
 from typer.testing import CliRunner
 
+from every_feature import SIMPLE, columns, config, log, make_run
 from mldcn.cli import app
 from mldcn.data.reading import table_blocks
 from mldcn.errors import UserError

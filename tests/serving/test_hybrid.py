@@ -8,8 +8,8 @@ import pytest
 import torch
 from batcher_runs import rows, run
 from in_threads import in_threads
-from serving_cases import columns, log
 
+from every_feature import columns, log
 from mldcn.predict import Predictor
 from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.export import export_run

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from serving_cases import SIMPLE, config, log, make_run
 from test_validation import learnable
 from typer.testing import CliRunner
 
+from every_feature import SIMPLE, config, log, make_run
 from mldcn.cli import app
 from mldcn.errors import UserError
 from mldcn.model import Ranker, save_weights

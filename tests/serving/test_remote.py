@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from in_threads import in_threads
-from serving_cases import columns, log
 from serving_clients import serving
 from typer.testing import CliRunner
 
+from every_feature import columns, log
 from mldcn.cli import app
 from mldcn.errors import UserError
 from mldcn.serving.engine import Engine

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from serving_cases import FEATURES, SIMPLE, config, log, make_run
 from torch import nn
 
+from every_feature import FEATURES, SIMPLE, config, log, make_run
 from mldcn.errors import UserError
 from mldcn.predict import Predictor
 from mldcn.serving import hybrid

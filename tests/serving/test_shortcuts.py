@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from in_threads import in_threads
-from serving_cases import columns, config, log, make_run
 
+from every_feature import columns, config, log, make_run
 from mldcn.errors import UserError
 from mldcn.serving import shortcuts
 from mldcn.serving.encoding import Part

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from serving_cases import LABELS, SIMPLE, config, log, make_run
 from typer.testing import CliRunner
 
+from every_feature import LABELS, SIMPLE, config, log, make_run
 from mldcn import workflow
 from mldcn.cli import app
 from mldcn.errors import UserError

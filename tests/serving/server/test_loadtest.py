@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from serving_cases import config, log, make_run
 from serving_clients import serving
 from typer.testing import CliRunner
 
+from every_feature import config, log, make_run
 from mldcn.cli import app
 from mldcn.errors import UserError
 from mldcn.loadtest.clients import RankClient, Target

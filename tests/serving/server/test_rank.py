@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from serving_cases import columns, log
 from serving_clients import expected, rows
 
+from every_feature import columns, log
 from mldcn.serving.server.ranking import ARROW_KEY, ARROW_TYPE
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tritonclient.grpc as by_grpc
 import tritonclient.http as by_http
-from serving_cases import SIMPLE, config, make_run
 from serving_clients import expected, rows, serving
 from tritonclient.utils import InferenceServerException
 
+from every_feature import SIMPLE, config, make_run
 from mldcn.errors import UserError
 from mldcn.serving.engine import Engine
 from mldcn.serving.refused import Refused

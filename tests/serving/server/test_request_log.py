@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import tritonclient.grpc as by_grpc
 import yaml
-from serving_cases import FEATURES, config, log
 from serving_clients import expected, rows, serving
 from test_repository import ask
 from test_server import grpc_tensors, listless
 
+from every_feature import FEATURES, config, log
 from mldcn.config import Config, DataConfig, dump_config
 from mldcn.config import parse as parse_config
 from mldcn.data.parsing import parse
