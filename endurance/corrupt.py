@@ -542,7 +542,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--copies", type=int, default=1000, help="of every artefact, its files damaged in turn")
+    parser.add_argument(
+        "--copies", type=int, default=1000, help="of every artefact, its files damaged in turn"
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first copy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="artefact/kind of file, or the beginning of it")

@@ -175,6 +175,9 @@ def serve(
     batch_rows: Annotated[int, typer.Option(min=1, help="a batch takes no more requests from here on")] = 512,
     batch_delay_ms: Annotated[float, typer.Option(min=0, help="a request waits so long for others")] = 1.0,
     queue_rows: Annotated[int, typer.Option(min=1, help="more may not wait: 503 at once")] = 8192,
+    queue_ms: Annotated[
+        float, typer.Option(min=1, help="503 at once to others while a request has waited longer")
+    ] = 500.0,
     latency_ms: Annotated[
         str | None, typer.Option(help="like p99=10: cut batches and queue for it, as measured at warm-up")
     ] = None,
@@ -231,7 +234,7 @@ def serve(
         device=device,
         tables=None if tables is None else TableServer(tables, tables_cache_mb << 20),
         limits=Limits(body_bytes=max_body_mb << 20, rows=max_rows, seconds=timeout_ms / 1000),
-        batching=Batching(batch_rows, batch_delay_ms / 1000, queue_rows, workers),
+        batching=Batching(batch_rows, batch_delay_ms / 1000, queue_rows, queue_ms / 1000, workers),
         latency=None if latency_ms is None else Budget.parse(latency_ms),
         control=control.value,
         poll_seconds=poll_seconds,

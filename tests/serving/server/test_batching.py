@@ -140,6 +140,27 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
     assert run(test, rows=64, delay=0.0, queue_rows=8) == 20
 
 
+def test_nobody_joins_a_queue_in_which_one_has_waited_too_long():
+    engine = Echo()
+
+    async def test(batcher):
+        first = await held(engine, batcher)
+        waiting = asyncio.create_task(batcher.score(engine, rows(1)))
+        await asyncio.sleep(0.01)
+        soon = asyncio.create_task(batcher.score(engine, rows(2)))
+        await asyncio.sleep(0.25)
+        with pytest.raises(Refused) as caught:
+            await batcher.score(engine, rows(3))
+        assert caught.value.reason is Reason.BUSY
+        patient = asyncio.create_task(batcher.score(engine, rows(4), Batching(queue_seconds=60.0)))
+        await asyncio.sleep(0.01)
+        engine.gate.set()
+        await asyncio.gather(first, waiting, soon, patient)
+        return len(await batcher.score(engine, rows(5)))  # nobody waits any more
+
+    assert run(test, delay=0.0, queue_seconds=0.2) == 1
+
+
 def test_nobody_scores_what_nobody_waits_for():
     engine = Echo()
 

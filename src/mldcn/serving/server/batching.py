@@ -87,13 +87,18 @@ class Batcher:
             limits: of its model, where they are other than the server's.
 
         Raises:
-            Refused: the queue is full.
+            Refused: the queue is full, or a request has waited in it for too long.
         """
-        if self._waiting and self._waiting + rows > (limits or self._options).queue_rows:
+        most = limits or self._options
+        if self._waiting and (self._waiting + rows > most.queue_rows or self._oldest() > most.queue_seconds):
             seconds = self._waiting / self._rows_a_second if self._rows_a_second else 1.0
             raise Refused(
                 Reason.BUSY, "too many requests wait already; try again later", max(1, math.ceil(seconds))
             )
+
+    def _oldest(self) -> float:
+        """Seconds that the first request of the queue has waited."""
+        return time.monotonic() - min(jobs[0].arrived for jobs in self._queues.values() if jobs)
 
     async def score(self, engine: Engine, rows: Rows, limits: Batching | None = None) -> Scores:
         """Scores a request's rows, together with others'.
@@ -104,7 +109,7 @@ class Batcher:
             limits: of the engine's batches, where they are other than the server's.
 
         Raises:
-            Refused: the queue is full, or the server stops.
+            Refused: as by :meth:`admit`, or the server stops.
         """
         future: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
         job = _Job(rows, future, max(1, len(rows)), limits or self._options, current.get())

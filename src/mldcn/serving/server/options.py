@@ -48,6 +48,7 @@ class Batching:
         rows: a batch takes no further request when it has so many rows.
         delay: seconds that a request waits for others while there is room in its batch.
         queue_rows: a request that would make more rows wait than this is refused at once.
+        queue_seconds: while a request has waited for longer, further ones are refused at once.
         workers: batches that are scored at the same time.
         lag: seconds of reading other requests that came together with one, past which it is refused unread.
     """
@@ -55,6 +56,7 @@ class Batching:
     rows: int = 512
     delay: float = 0.001
     queue_rows: int = 8192
+    queue_seconds: float = 0.5
     workers: int = 1
     lag: float = 0.5
 
