@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from mldcn import __version__
+from mldcn.serving.bundle import FORMAT
 from mldcn.serving.server.http import OPEN
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -97,8 +98,10 @@ def test_probes_and_names_go_together():
     assert OPEN[1] in instructions()["HEALTHCHECK"]
     assert CONTAINER["image"] == f"mldcn:{__version__}"
     predictor = SERVICE["spec"]["predictor"]
-    formats = [each["name"] for each in RUNTIME["spec"]["supportedModelFormats"]]
-    assert predictor["model"]["modelFormat"]["name"] in formats
+    formats = [(each["name"], each["version"]) for each in RUNTIME["spec"]["supportedModelFormats"]]
+    asked = predictor["model"]["modelFormat"]
+    assert (asked["name"], asked["version"]) in formats
+    assert asked["version"] == str(FORMAT)  # of the bundles that this version writes and reads
     assert predictor["model"]["runtime"] == RUNTIME["metadata"]["name"]
     assert predictor["model"]["protocolVersion"] in RUNTIME["spec"]["protocolVersions"]
     delay = float(words["--shutdown-delay"])
