@@ -50,6 +50,11 @@ class FeatureBase(Strict):
         """The column of the log that holds this feature."""
         return self.column or self.name
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns of the log that are this feature's own."""
+        return (self.log_column,)
+
 
 class TableFeature(FeatureBase):
     """A feature that is looked up in an embedding table."""
@@ -135,6 +140,11 @@ class Sequence(TableFeature):
     actions: str | None = None
     pooling: Literal["mean", "attention"] = "mean"
     target: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The ids' column, and those of times and actions where there are such."""
+        return (self.log_column, *(name for name in (self.times, self.actions) if name is not None))
 
     @model_validator(mode="after")
     def _target_given(self) -> Sequence:
@@ -229,12 +239,13 @@ class Schema(Strict):
 
     def feature_columns(self) -> tuple[str, ...]:
         """The columns that the features read: all that prediction needs."""
-        named: list[str | None] = [feature.log_column for feature in self.features]
-        for feature in self.features:
-            if isinstance(feature, Sequence):
-                named += [feature.times, feature.actions]
-                named += [self.time] if feature.times else []
-        return tuple(dict.fromkeys(name for name in named if name is not None))
+        return tuple(dict.fromkeys(name for feature in self.features for name in self.read_by(feature)))
+
+    def read_by(self, feature: FeatureBase) -> tuple[str, ...]:
+        """The columns that one feature reads: its own, and the time of the row where it has times."""
+        if isinstance(feature, Sequence) and feature.times is not None and self.time is not None:
+            return (*feature.columns, self.time)
+        return feature.columns
 
     def columns(self) -> tuple[str, ...]:
         """Every column of the log that the schema reads, each once."""

@@ -112,16 +112,10 @@ def columns(schema: Schema, *, labels: bool) -> tuple[tuple[str, ...], tuple[str
     """
     if labels:
         return schema.columns(), ()
-    needed: list[str] = []
-    for feature in schema.features:
-        needed.append(feature.log_column)
-        if isinstance(feature, Sequence):
-            needed += [name for name in (feature.times, feature.actions) if name is not None]
-            if feature.times is not None and schema.time is not None:
-                needed.append(schema.time)
+    needed = schema.feature_columns()
     others = (schema.weight, schema.position, schema.request, schema.user, schema.time)
     optional = [name for name in others if name is not None and name not in needed]
-    return tuple(dict.fromkeys(needed)), tuple(dict.fromkeys(optional))
+    return needed, tuple(dict.fromkeys(optional))
 
 
 def number_columns(schema: Schema) -> set[str]:
@@ -129,14 +123,11 @@ def number_columns(schema: Schema) -> set[str]:
     numeric = {f.log_column for f in schema.features if isinstance(f, Numeric | Bucketised)}
     uses = Counter(
         [
-            *(f.log_column for f in schema.features if not isinstance(f, Numeric | Bucketised)),
+            *(name for f in schema.features if not isinstance(f, Numeric | Bucketised) for name in f.columns),
             *(label.log_column for label in schema.labels),
             *(schema.weight, schema.position, schema.request, schema.user, schema.time),
         ]
     )
-    for feature in schema.features:
-        if isinstance(feature, Sequence):
-            uses.update([feature.times, feature.actions])
     return {name for name in numeric if not uses[name]}
 
 

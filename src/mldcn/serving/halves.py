@@ -10,15 +10,7 @@ from mldcn.serving.values import constant_names, inputs_of
 def shared_features(schema: spec.Schema) -> frozenset[str]:
     """The features that all candidates of a request share: those that read columns of user and context alone."""
     constant = constant_names(inputs_of(schema))
-    found = set()
-    for feature in schema.features:
-        read = [feature.log_column]
-        if isinstance(feature, spec.Sequence):
-            read += [name for name in (feature.times, feature.actions) if name is not None]
-            read += [schema.time] if feature.times is not None and schema.time is not None else []
-        if constant.issuperset(read):
-            found.add(feature.name)
-    return frozenset(found)
+    return frozenset(each.name for each in schema.features if constant.issuperset(schema.read_by(each)))
 
 
 def halves(whole: RawEncoder) -> tuple[RawEncoder, RawEncoder] | None:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from mldcn import schema as spec
 from mldcn.serving.engine import Engine, Scores
 from mldcn.serving.refused import Reason, Refused, invalid
 from mldcn.serving.server import ranking
@@ -66,12 +65,9 @@ def groups_of(engine: Engine, by: By) -> list[EffectGroup]:
     """The groups of a model's features. A sequence goes with its times and actions."""
     found: dict[str, EffectGroup] = {}
     for feature in engine.config.log_schema.features:
-        columns = [feature.log_column]
-        if isinstance(feature, spec.Sequence):
-            columns += [name for name in (feature.times, feature.actions) if name is not None]
         name = feature.source if by == "source" else feature.name
         known = found.get(name)
-        columns = list(dict.fromkeys([*(known.columns if known else ()), *columns]))
+        columns = list(dict.fromkeys([*(known.columns if known else ()), *feature.columns]))
         found[name] = EffectGroup(name=name, source=feature.source, columns=columns)
     return list(found.values())
 
