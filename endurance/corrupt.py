@@ -466,13 +466,17 @@ def through_the_command_line(
             trial = Trial(artefact.name, str(rng.choice(np.array(list(artefact.kinds)))), number)
             copy = work / "copies" / f"damaged-{artefact.name}"
             how = damaged_copy(artefact, trial, seed, copy)
-            done = subprocess.run(
-                [*mldcn_command(), *artefact.command(copy, work)],
-                capture_output=True,
-                text=True,
-                env=command_environment(),
-                timeout=HANG_SECONDS,
-            )
+            try:
+                done = subprocess.run(
+                    [*mldcn_command(), *artefact.command(copy, work)],
+                    capture_output=True,
+                    text=True,
+                    env=command_environment(),
+                    timeout=HANG_SECONDS,
+                )
+            except subprocess.TimeoutExpired:
+                yield trial, how, "hang", f"nothing for {HANG_SECONDS:g} s"
+                continue
             traced = "Traceback" in done.stderr or "internal error" in done.stderr
             if traced or done.returncode not in (0, 1):
                 yield trial, how, "exception", done.stderr
@@ -493,6 +497,7 @@ def check(
     only: str | None = None,
     skip: Sequence[str] = (),
     commands: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[tuple[str, str], Counter[str]], list[str]]:
     """Runs everything.
 
@@ -505,6 +510,7 @@ def check(
         only: ``artefact/kind``, or the beginning of it.
         skip: artefacts to leave out.
         commands: copies of each artefact that go through the command line too.
+        say: told how far it is, after every hundred copies.
 
     Returns:
         For each kind of file how often what came of it, and the violations, ready to print.
@@ -530,8 +536,10 @@ def check(
                 f"{trial.artefact}/{trial.kind} --first {trial.number} --copies 1\n{message}".rstrip()
             )
 
-    for trial, *found in run_trials(work, trials, seed):
+    for done, (trial, *found) in enumerate(run_trials(work, trials, seed), start=1):
         note(trial, *found, trial.artefact)
+        if done % 100 == 0:
+            say(f"{done:,} of {len(trials):,} copies, {len(violations)} violations; now {trial.artefact}")
     for trial, *found in through_the_command_line(work, seed, commands, only):
         note(trial, *found, f"{trial.artefact} (command)")
     return counts, violations
@@ -551,7 +559,7 @@ def main() -> int:
     parser.add_argument("--commands", type=int, default=0, help="copies that go through the command line")
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory(prefix="mldcn-corrupt-") as folder:
-        counts, violations = check(Path(folder), **options)
+        counts, violations = check(Path(folder), **options, say=lambda line: print(line, file=sys.stderr))
     outcomes = [o for o in (*GOOD, *BAD) if any(counter[o] for counter in counts.values())]
     rows = [[name, kind, *(counter[o] or "" for o in outcomes)] for (name, kind), counter in counts.items()]
     print(markdown(["artefact", "file", *outcomes], rows))
