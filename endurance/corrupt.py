@@ -190,11 +190,15 @@ def read_interrupted(folder: Path, facts: dict[str, Any]) -> str:
     from mldcn import workflow
     from mldcn.config import load_config
     from mldcn.run import RunFolder
+    from mldcn.training.identity import what_counts
 
     run = RunFolder.open(folder, finished=False)
     workflow.train(load_config(run.config), run, resume=True)
     RunFolder.open(folder)
-    return "same" if digest_results(folder) == facts["results"] else "different"
+    # Threads and places may be others than at the beginning; all else of the config may not.
+    digests = digest_results(folder) | {"config.yaml": facts["results"]["config.yaml"]}
+    then, now = (what_counts(load_config(path)) for path in (facts["run_config"], run.config))
+    return "same" if digests == facts["results"] and then == now else "different"
 
 
 def read_run(folder: Path, facts: dict[str, Any]) -> str:
@@ -275,6 +279,7 @@ def build(work: Path, rows: int, skip: Sequence[str] = ()) -> None:
     write_raw_logs(pl.read_parquet(log), work)
     facts = {
         "config": str(path),
+        "run_config": str(work / "run" / "config.yaml"),
         "log": str(log),
         "encoded": digest_encoded(data),
         "encoded_files": digest_files(work / "encoded"),

@@ -231,6 +231,15 @@ def test_damage_to_what_cannot_is_refused(cut):
         command("fit", "--resume", cut)
 
 
+def test_a_changed_config_is_named_before_its_mistakes_are_looked_for_in_the_log(cut):
+    config = cut / "config.yaml"
+    config.write_text(config.read_text().replace("name: hour", "name: hous"))
+    with pytest.raises(
+        UserError, match=r"not the one .*: schema.*\[1\].name was 'hour' and is 'hous'. Set"
+    ):
+        command("fit", "--resume", cut)
+
+
 def test_damaged_best_weights_are_not_taken_for_good(cut, monkeypatch):
     weights = cut / "weights.safetensors"
     content = weights.read_bytes()

@@ -30,10 +30,11 @@ from mldcn.report import Bins, FeatureSummary, RunSummary, run_page
 from mldcn.report import Difference as ShownDifference
 from mldcn.run import RunFolder
 from mldcn.schema import EmbeddingFeature, TableFeature
+from mldcn.training.checkpoint import noted
 from mldcn.training.evaluate import Evaluation, evaluate
 from mldcn.training.fit import Summary, fit
 from mldcn.training.history import evaluations
-from mldcn.training.identity import monitored
+from mldcn.training.identity import check_same, monitored, spelled_out
 from mldcn.training.observers import Observer
 from mldcn.training.recovery import Trouble
 from mldcn.training.warm_start import WarmStart
@@ -119,6 +120,8 @@ def train(
         replaces = overwrite and run.path.exists()
         if not resume and not replaces:
             run = RunFolder.create(run.path, dump_config(config), notes)
+        if resume and (then := noted(run.checkpoints, "config")) is not None:
+            check_same(then, spelled_out(config), run.path)  # before its mistakes are looked for in the log
         folder = encoded_folder(config, run.path, warm_start)
         if warm_start is None:
             data = prepare(config, folder, encoding)

@@ -26,6 +26,7 @@ from mldcn.model import save_tensors
 TENSOR = "$tensor"
 _BETWEEN = "-between"  # ends the name of a state that is no anchor
 _PLAIN, _TENSORS, _SUMS = "state.json", "state.safetensors", "checksums.json"
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,23 @@ def load_checkpoint(folder: Path, *, anchor: bool = False) -> Loaded | None:
         if anchor and candidate.name.endswith(_BETWEEN):
             continue
         try:
-            sums = json.loads((candidate / _SUMS).read_text(encoding="utf-8"))
-            for name in (_PLAIN, _TENSORS):
-                if checksum(candidate / name) != sums[name]:
-                    raise ValueError(name)
-            saved = json.loads((candidate / _PLAIN).read_text(encoding="utf-8"))
-            state: dict[str, Any] = _restore(saved, load_file(candidate / _TENSORS))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            saved = json.loads(_checked(candidate, _PLAIN).read_text(encoding="utf-8"))
+            state: dict[str, Any] = _restore(saved, load_file(_checked(candidate, _TENSORS)))
+        except _DAMAGE:
             damaged.append(candidate.name)
             continue
         return Loaded(state, damaged)
+    return None
+
+
+def noted(folder: Path, key: str) -> Any:
+    """What the newest state says under a key of plain data, without its tensors; None where none is whole."""
+    for candidate in _states(folder):
+        try:
+            saved = json.loads(_checked(candidate, _PLAIN).read_text(encoding="utf-8"))
+            return _restore(dict(saved["$items"])[key], {})
+        except _DAMAGE:
+            continue
     return None
 
 
@@ -95,6 +103,14 @@ def drop_after(folder: Path, step: int) -> None:
     for path in _states(folder):
         if _step(path) > step:
             shutil.rmtree(path)
+
+
+def _checked(candidate: Path, name: str) -> Path:
+    """A file of a state; one of ``_DAMAGE`` where it is not the one that was written."""
+    sums = json.loads((candidate / _SUMS).read_text(encoding="utf-8"))
+    if checksum(candidate / name) != sums[name]:
+        raise ValueError(name)
+    return candidate / name
 
 
 def _states(folder: Path) -> list[Path]:

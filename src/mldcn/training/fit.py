@@ -35,7 +35,7 @@ from mldcn.training.clock import Clock
 from mldcn.training.ema import WeightAverage
 from mldcn.training.evaluate import Evaluation, check_labels, evaluate, fit_calibrators
 from mldcn.training.history import History
-from mldcn.training.identity import changes, monitored, spelled_out, what_counts
+from mldcn.training.identity import check_same, monitored, spelled_out, what_counts
 from mldcn.training.interrupt import Interrupted, stop_signals
 from mldcn.training.observers import Metrics, Observer, Progress, trackers
 from mldcn.training.optimisers import build_optimisers
@@ -516,12 +516,7 @@ class Trainer:
         Raises:
             UserError: it is one.
         """
-        changed = changes(state["config"], what_counts(self.config))
-        if changed:
-            raise UserError(
-                f"{self.run.path}: the config is not the one that this run began with: {'; '.join(changed)}. Set "
-                "it back, or train anew"
-            )
+        check_same(state["config"], self.config, self.run.path)
         if state["data"] != self.data.fingerprint:
             raise UserError(
                 f"{self.run.path}: the log's files are not those that this run began with; put them back, "

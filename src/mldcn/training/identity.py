@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mldcn import interactions
@@ -32,12 +33,33 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def check_same(then: dict[str, Any], now: Config, run: Path) -> None:
+    """Refuses to go on with a run under another config.
+
+    Args:
+        then: :func:`what_counts` of the config that it began with.
+        now: the config, :func:`spelled_out`.
+        run: the run's folder.
+
+    Raises:
+        UserError: the two differ.
+    """
+    if changed := changes(then, what_counts(now)):
+        raise UserError(
+            f"{run}: the config is not the one that this run began with: {'; '.join(changed)}. Set it back, or "
+            "train anew"
+        )
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings and lists of mappings as dotted keys."""
+    if isinstance(tree, dict):
+        inside = [(f"{name}.{key}" if name else key, value) for key, value in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(each, dict) for each in tree):
+        inside = [(f"{name}[{number}]", value) for number, value in enumerate(tree)]
+    else:
+        return {name: tree}
+    return {key: leaf for below, value in inside for key, leaf in _flat(value, below).items()}
 
 
 def spelled_out(config: Config) -> Config:
