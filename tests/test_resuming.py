@@ -234,9 +234,7 @@ def test_damage_to_what_cannot_is_refused(cut):
 def test_a_changed_config_is_named_before_its_mistakes_are_looked_for_in_the_log(cut):
     config = cut / "config.yaml"
     config.write_text(config.read_text().replace("name: hour", "name: hous"))
-    with pytest.raises(
-        UserError, match=r"not the one .*: schema.*\[1\].name was 'hour' and is 'hous'. Set"
-    ):
+    with pytest.raises(UserError, match=r"not the one .*: schema.*\[1\].name was 'hour' and is 'hous'. Set"):
         command("fit", "--resume", cut)
 
 
