@@ -138,7 +138,8 @@ def digest_study(folder: Path) -> str:
     from mldcn.study.rows import load_study
 
     timed = dict.fromkeys(("seconds", "memory_bytes", "latency_ms"))
-    return digest_bytes(json.dumps(row.to_json() | timed).encode() for row in load_study(folder).rows)
+    rows = (json.dumps(row.to_json() | timed) for row in load_study(folder).rows)
+    return digest_bytes(row.encode() for row in sorted(rows))  # jobs end in any order
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -238,6 +238,13 @@ def test_a_changed_config_is_named_before_its_mistakes_are_looked_for_in_the_log
         command("fit", "--resume", cut)
 
 
+def test_options_that_there_are_not_are_named_with_their_file(cut):
+    config = cut / "config.yaml"
+    config.write_text(config.read_text().replace("input_norm: none", "input_norm: no"))
+    with pytest.raises(UserError, match=r"run/config.yaml: .*input_norm"):
+        command("fit", "--resume", cut)
+
+
 def test_damaged_best_weights_are_not_taken_for_good(cut, monkeypatch):
     weights = cut / "weights.safetensors"
     content = weights.read_bytes()

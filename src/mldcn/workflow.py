@@ -34,7 +34,7 @@ from mldcn.training.checkpoint import noted
 from mldcn.training.evaluate import Evaluation, evaluate
 from mldcn.training.fit import Summary, fit
 from mldcn.training.history import evaluations
-from mldcn.training.identity import check_same, monitored, spelled_out
+from mldcn.training.identity import check_same, monitored
 from mldcn.training.observers import Observer
 from mldcn.training.recovery import Trouble
 from mldcn.training.warm_start import WarmStart
@@ -121,7 +121,7 @@ def train(
         if not resume and not replaces:
             run = RunFolder.create(run.path, dump_config(config), notes)
         if resume and (then := noted(run.checkpoints, "config")) is not None:
-            check_same(then, spelled_out(config), run.path)  # before its mistakes are looked for in the log
+            check_same(then, config, run.config)  # before its mistakes are looked for in the log
         folder = encoded_folder(config, run.path, warm_start)
         if warm_start is None:
             data = prepare(config, folder, encoding)

@@ -516,7 +516,7 @@ class Trainer:
         Raises:
             UserError: it is one.
         """
-        check_same(state["config"], self.config, self.run.path)
+        check_same(state["config"], self.config, self.run.config)
         if state["data"] != self.data.fingerprint:
             raise UserError(
                 f"{self.run.path}: the log's files are not those that this run began with; put them back, "

@@ -33,20 +33,24 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_same(then: dict[str, Any], now: Config, run: Path) -> None:
+def check_same(then: dict[str, Any], now: Config, file: Path) -> None:
     """Refuses to go on with a run under another config.
 
     Args:
-        then: :func:`what_counts` of the config that it began with.
-        now: the config, :func:`spelled_out`.
-        run: the run's folder.
+        then: :func:`what_counts` of the config that it began with, :func:`spelled_out`.
+        now: the config as it is.
+        file: where that lies.
 
     Raises:
-        UserError: the two differ.
+        UserError: the two differ, or the interaction has no such options.
     """
-    if changed := changes(then, what_counts(now)):
+    try:
+        changed = changes(then, what_counts(spelled_out(now)))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if changed:
         raise UserError(
-            f"{run}: the config is not the one that this run began with: {'; '.join(changed)}. Set it back, or "
+            f"{file}: the config is not the one that this run began with: {'; '.join(changed)}. Set it back, or "
             "train anew"
         )
 
