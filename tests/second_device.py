@@ -24,6 +24,12 @@ class _Module(_DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        pass
+
 
 _setup_privateuseone_for_python_backend("away", _Module())
 _autocast = torch.library.Library("_", "IMPL")  # autocast chooses no types there
